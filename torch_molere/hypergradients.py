@@ -1,0 +1,284 @@
+r"""Hypergradients: how the validation loss after the next update changes with each training instance's weight.
+
+With :math:`L(θ; w) = \frac1n \sum_i w_i ℓ_i(θ)`, :math:`θ⁺ = U(θ, ∇_θ L(θ; w))` and
+:math:`u = (∂U/∂g)^\top ∇_θ L_{val}(θ⁺)`,
+
+.. math:: \frac{∂ L_{val}(θ⁺)}{∂ w_i} = \frac1n ⟨u, ∇_θ ℓ_i(θ)⟩,
+
+the meta-gradient of MOLERE (Jain, Suggala and Shenoy, CVPR 2024) and Meta-Weight-Net for any elementwise optimizer U.
+The n inner products are one directional derivative of the vector of losses along u.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import higher
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from torch_molere.evaluation import (
+    LossFn,
+    RandomState,
+    batch_size,
+    buffer_copies,
+    call_model,
+    cross_entropy,
+    device_of,
+    evaluate,
+    per_sample_losses,
+    preserved_randomness,
+)
+from torch_molere.update import Update, check_differentiable
+
+Engine = Literal["auto", "forward", "finite", "unrolled"]
+ENGINES: tuple[Engine, ...] = ("auto", "forward", "finite", "unrolled")
+
+
+@dataclass(frozen=True)
+class TrainingForward:
+    """A forward of the training batch that can be repeated at other parameters exactly as it ran.
+
+    Dropout masks come from the same random state, and buffers (batch-norm statistics, spectral-norm vectors) start
+    from the values they had before it.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    inputs: Any
+    targets: Any
+    random_state: RandomState
+    buffers: dict[str, Tensor]
+
+    def losses(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``(B,)`` losses with ``parameters`` (by name) in place of the model's, in the parameters' own precision."""
+        device = self.random_state.device
+        with preserved_randomness(device, self.random_state), torch.autocast(device.type, enabled=False):
+            buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+            outputs = evaluate(self.model, self.inputs, parameters, buffers)
+            return per_sample_losses(self.loss_fn, outputs, self.targets)
+
+
+DirectionalDerivative = Callable[[TrainingForward, dict[str, Tensor], dict[str, Tensor]], Tensor]
+"""``(forward, θ by name, u by name) -> (B,)``: ⟨u, ∇ℓ_i(θ)⟩ for every instance i."""
+
+
+def forward_mode(forward: TrainingForward, parameters: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+    """⟨u, ∇ℓ_i(θ)⟩ by one pass of forward-mode differentiation: exact, no second-order graph.
+
+    Attention runs on PyTorch's MATH kernel, the one that has a forward-mode rule.
+
+    Raises:
+        NotImplementedError: if an operation of the model has no forward-mode rule.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        tangents: Tensor = torch.func.jvp(forward.losses, (parameters,), (direction,))[1]
+    return tangents.detach()
+
+
+def finite_difference(
+    forward: TrainingForward,
+    parameters: dict[str, Tensor],
+    direction: dict[str, Tensor],
+    losses: Tensor | None = None,
+) -> Tensor:
+    """⟨u, ∇ℓ_i(θ)⟩ as (ℓ_i(θ + εu) − ℓ_i(θ)) / ε: one plain forward when ``losses`` = ℓ(θ) is known, else two.
+
+    ε‖u‖ is 1e-3 in single precision (the middle of the range found best) and 1e-6 in double precision, where
+    truncation and rounding balance.
+
+    Raises:
+        TypeError: if the parameters have less than single precision, in which no step is both small and visible.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction.values()))))
+    precision = min((u.dtype for u in direction.values()), key=lambda dtype: torch.finfo(dtype).bits)
+    if torch.finfo(precision).bits < 32:
+        raise TypeError(f"the finite engine needs float32 or float64 parameters, got {precision}; use engine='forward'")
+    radius = 1e-6 if precision == torch.float64 else 1e-3
+    # A zero direction has a zero derivative; the clamp keeps 0/0 out without asking the device for the value.
+    step = radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    shifted = {name: torch.addcmul(parameters[name], direction[name], step) for name in parameters}
+    with torch.no_grad():
+        if losses is None:
+            losses = forward.losses(parameters)
+        return (forward.losses(shifted) - losses) * (norm / radius)
+
+
+def validation_gradient(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: tuple[Any, Any],
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    seed: int | None = None,
+) -> tuple[Tensor, list[Tensor | None], Any]:
+    """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched.
+
+    Returns:
+        The detached scalar loss, one gradient for each parameter (None where the loss does not reach it), and the
+        model's outputs.
+    """
+    inputs, targets = batch
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    with torch.enable_grad(), preserved_randomness(device_of(model), seed):
+        outputs = evaluate(model, inputs, leaves, {name: b.clone() for name, b in buffers.items()})
+        loss = per_sample_losses(loss_fn, outputs, targets).mean()
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return loss.detach(), list(gradients), outputs
+
+
+def hypergradient(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train_batch: tuple[Any, Any],
+    validation_batch: tuple[Any, Any],
+    weights: Tensor,
+    *,
+    loss_fn: LossFn | None = None,
+    engine: Engine = "auto",
+    steps: int = 1,
+) -> Tensor:
+    """``∂ L_val(θ⁺) / ∂ weights``, where θ⁺ follows the optimizer's next update on ``mean(weights * losses)``.
+
+    Neither model nor optimizer is changed: parameters, buffers, ``.grad``, optimizer state, random streams and modes
+    are as before. The validation loss is taken in the mode the model is in.
+
+    Args:
+        model: the classifier, at its present parameters.
+        optimizer: the optimizer of ``model``, at its present state, any of ``torch.optim`` with a ``differentiable``
+            flag. Parameters that it does not hold, or that need no gradient, stay constant.
+        train_batch: ``(inputs, targets)`` of B instances.
+        validation_batch: ``(inputs, targets)``.
+        weights: ``(B,)`` floating.
+        loss_fn: ``loss_fn(outputs, targets) -> (B,)``; default cross-entropy.
+        engine: ``"forward"`` (exact; :func:`torch.func.jvp`), ``"finite"`` (a finite difference of the training
+            losses), ``"unrolled"`` (``higher``, second-order graph; only for optimizers that ``higher`` has), or
+            ``"auto"``: forward where the model's operations have forward-mode rules, else finite.
+        steps: how many updates to look ahead, all on ``train_batch``; more than one needs ``engine="unrolled"``.
+
+    Returns:
+        ``(B,)`` of the dtype of ``weights``, detached.
+
+    Raises:
+        TypeError: for an optimizer that cannot be differentiated.
+        ValueError: for an argument out of its range, or an optimizer that holds none of the model's parameters.
+    """
+    loss_fn = cross_entropy if loss_fn is None else loss_fn
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    if steps > 1 and engine != "unrolled":
+        raise ValueError(f"steps={steps} needs engine='unrolled', got engine={engine!r}")
+    inputs, targets = train_batch
+    size = batch_size(targets)
+    if weights.shape != (size,) or not weights.is_floating_point():
+        raise ValueError(f"weights must be floating ({size},), got {tuple(weights.shape)} of {weights.dtype}")
+    parameters = trained_parameters(model, optimizer)
+    if engine == "unrolled":
+        return unrolled(model, optimizer, train_batch, validation_batch, weights, loss_fn=loss_fn, steps=steps)
+    check_differentiable(optimizer)
+
+    device = device_of(model)
+    buffers = buffer_copies(model)
+    forward = TrainingForward(model, loss_fn, inputs, targets, RandomState.now(device), buffers)
+    names = list(parameters)
+    before = {name: parameter.detach() for name, parameter in parameters.items()}
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    with torch.enable_grad():
+        losses = forward.losses(leaves)
+        loss = (weights.detach() * losses).mean()
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    update = Update(optimizer, list(parameters.values()), gradients)
+    after = dict(zip(names, update.parameters, strict=True))
+    _, cotangents, _ = validation_gradient(model, loss_fn, validation_batch, after, buffers)
+    direction = dict(zip(names, update.transpose(cotangents), strict=True))
+    derivative: Tensor
+    if engine == "finite":
+        derivative = finite_difference(forward, before, direction, losses.detach())
+    elif engine == "forward":
+        derivative = forward_mode(forward, before, direction)
+    else:
+        try:
+            derivative = forward_mode(forward, before, direction)
+        except (NotImplementedError, RuntimeError):
+            derivative = finite_difference(forward, before, direction, losses.detach())
+    return (derivative / size).to(weights.dtype)
+
+
+def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The model's parameters that the optimizer updates, by name (tied ones once).
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad and p in held}
+    if not found:
+        raise ValueError("optimizer holds none of the model's trainable parameters; build it from model.parameters()")
+    return found
+
+
+def unrolled(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train_batch: tuple[Any, Any],
+    validation_batch: tuple[Any, Any],
+    weights: Tensor,
+    *,
+    loss_fn: LossFn,
+    steps: int = 1,
+) -> Tensor:
+    """The reference engine: ``higher`` unrolls the updates and differentiates through them.
+
+    Raises:
+        TypeError: if ``higher`` does not have the optimizer.
+        ValueError: if the optimizer uses an option that ``higher`` would ignore.
+    """
+    check_unrollable(optimizer)
+    w = weights.detach().clone().requires_grad_()
+    device = device_of(model)
+    with torch.enable_grad(), preserved_randomness(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # higher's own deprecation warnings
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=True) as (functional, inner):
+            with torch.autocast(device.type, enabled=False):
+                for _ in range(steps):
+                    losses = per_sample_losses(loss_fn, call_model(functional, train_batch[0]), train_batch[1])
+                    inner.step((w * losses).mean())
+            outputs = call_model(functional, validation_batch[0])
+            loss = per_sample_losses(loss_fn, outputs, validation_batch[1]).mean()
+            (gradient,) = torch.autograd.grad(loss, w, allow_unused=True)
+    return torch.zeros_like(w) if gradient is None else gradient.detach()
+
+
+# Options that higher 0.2.1 reads; it silently ignores any other.
+_HIGHER_OPTIONS: dict[type[Optimizer], frozenset[str]] = {
+    torch.optim.SGD: frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"}),
+    torch.optim.Adam: frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"}),
+    torch.optim.RMSprop: frozenset({"lr", "alpha", "eps", "weight_decay", "momentum", "centered"}),
+    torch.optim.Adagrad: frozenset({"lr", "lr_decay", "weight_decay", "eps", "initial_accumulator_value"}),
+    torch.optim.Adadelta: frozenset({"lr", "rho", "eps", "weight_decay"}),
+    torch.optim.Adamax: frozenset({"lr", "betas", "eps", "weight_decay"}),
+}
+_IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "differentiable", "capturable", "initial_lr"})
+
+
+def check_unrollable(optimizer: Optimizer) -> None:
+    """Refuse what ``higher`` does not have, or would silently compute otherwise."""
+    options = _HIGHER_OPTIONS.get(type(optimizer))
+    if options is None:
+        raise TypeError(
+            f"engine='unrolled' has no {type(optimizer).__name__}: higher covers "
+            f"{', '.join(kind.__name__ for kind in _HIGHER_OPTIONS)}; use engine='forward'"
+        )
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name not in options | _IMPLEMENTATION_OPTIONS and value not in (False, None, 0):
+                raise ValueError(f"engine='unrolled' would ignore {name}={value!r} of the optimizer; use 'forward'")

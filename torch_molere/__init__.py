@@ -2,6 +2,24 @@
 
 from torch_molere.hypergradients import hypergradient
 from torch_molere.margins import margins, probabilistic_margin, split_by_margin
+from torch_molere.reweighter import MetaReweighter, StepResult
+from torch_molere.samples import Samples
+from torch_molere.splitting import LearnedSplitter, MarginSplitter, RandomSplitter
+from torch_molere.weighting import FreeWeighting, InputWeighting, SignalWeighting
 
 __version__ = "0.1.0"
-__all__ = ["hypergradient", "margins", "probabilistic_margin", "split_by_margin"]
+__all__ = [
+    "FreeWeighting",
+    "InputWeighting",
+    "LearnedSplitter",
+    "MarginSplitter",
+    "MetaReweighter",
+    "RandomSplitter",
+    "Samples",
+    "SignalWeighting",
+    "StepResult",
+    "hypergradient",
+    "margins",
+    "probabilistic_margin",
+    "split_by_margin",
+]

@@ -15,18 +15,35 @@ from torch.utils import _pytree as pytree
 LossFn = Callable[[Any, Any], Tensor]
 """``loss_fn(outputs, targets) -> (B,)``: one loss for each instance."""
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and keyword arguments of one call of a model."""
 
-def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """``model(inputs)``, ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping."""
+
+def arguments_of(inputs: Any) -> Arguments:
+    """How a model is called with ``inputs``: ``model(inputs)``, ``model(*inputs)`` or ``model(**inputs)``."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def inputs_of(arguments: Arguments) -> Any:
+    """The inverse of :func:`arguments_of`, where there is one (else the arguments themselves)."""
+    positional, named = arguments
+    if positional and named:
+        return arguments
+    if named:
+        return named
+    return positional[0] if len(positional) == 1 else positional
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The tensor a model predicts: its output itself, or the output's ``.logits``."""
+    """The tensor a model predicts: its output itself, or the output's ``.logits``.
+
+    Raises:
+        TypeError: if there is no such tensor.
+    """
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
         raise TypeError(
@@ -61,22 +78,21 @@ def per_sample_losses(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
     return losses
 
 
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tensor, tuple, list or dict (or any nesting of them)."""
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a tensor, tuple, list or dict, or any nesting of them."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def batch_size(tree: Any) -> int:
-    """The shared first dimension of every tensor in ``tree``.
+    """The first dimension that every tensor in ``tree`` shares.
 
     Raises:
         ValueError: if there is no tensor, a tensor has no dimension, or their first dimensions differ.
     """
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves(tree)}
-    if len(sizes) != 1 or None in sizes:
-        found = [tuple(leaf.shape) for leaf in leaves(tree)]
-        raise ValueError(f"every tensor of a batch must have the same first dimension, got shapes {found}")
-    return int(sizes.pop())  # type: ignore[arg-type]
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(tree)]
+    if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(f"every tensor of a batch must have the same first dimension, got shapes {shapes}")
+    return shapes[0][0]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -86,7 +102,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def move(tree: Any, device: torch.device) -> Any:
     """``tree`` with every tensor on ``device``."""
-    return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), tree)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), tree)
+
+
+def detached(outputs: Any) -> Any:
+    """``outputs`` cut from the graph: its tensors, or its ``.logits`` where it is an object that has them."""
+    return map_tensors(Tensor.detach, getattr(outputs, "logits", outputs))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -98,7 +119,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The random streams a forward on one device draws from, as they were when this was taken."""
+    """The random streams that a forward on one device draws from, as they were when this was taken."""
 
     cpu: Tensor
     device: torch.device
@@ -138,24 +159,12 @@ def buffer_copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
-def evaluate(model: nn.Module, inputs: Any, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+def evaluate(
+    model: nn.Module, arguments: Arguments, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> Any:
     """The model's outputs with other parameters and buffers (by name) standing in for its own.
 
-    ``buffers`` receive the in-place updates of the forward, so a caller hands in copies to keep the model's own.
+    The forward updates copies of ``buffers`` in place, so neither they nor the model's own change.
     """
-    return torch.func.functional_call(_Caller(model), _prefixed({**parameters, **buffers}), (inputs,))
-
-
-class _Caller(nn.Module):
-    """Gives :func:`torch.func.functional_call` one signature for tensor, tuple and dict inputs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Any) -> Any:
-        return call_model(self.model, inputs)
-
-
-def _prefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+    stand_ins = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
+    return torch.func.functional_call(model, stand_ins, *arguments)

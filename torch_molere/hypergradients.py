@@ -23,12 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from torch_molere.evaluation import (
+    Arguments,
     LossFn,
     RandomState,
+    arguments_of,
     batch_size,
     buffer_copies,
-    call_model,
     cross_entropy,
+    detached,
     device_of,
     evaluate,
     per_sample_losses,
@@ -50,7 +52,7 @@ class TrainingForward:
 
     model: nn.Module
     loss_fn: LossFn
-    inputs: Any
+    arguments: Arguments
     targets: Any
     random_state: RandomState
     buffers: dict[str, Tensor]
@@ -59,8 +61,7 @@ class TrainingForward:
         """``(B,)`` losses with ``parameters`` (by name) in place of the model's, in the parameters' own precision."""
         device = self.random_state.device
         with preserved_randomness(device, self.random_state), torch.autocast(device.type, enabled=False):
-            buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-            outputs = evaluate(self.model, self.inputs, parameters, buffers)
+            outputs = evaluate(self.model, self.arguments, parameters, self.buffers)
             return per_sample_losses(self.loss_fn, outputs, self.targets)
 
 
@@ -109,27 +110,31 @@ def finite_difference(
         return (forward.losses(shifted) - losses) * (norm / radius)
 
 
+@dataclass(frozen=True)
+class ValidationGradient:
+    """A validation batch at θ⁺: its losses, ∇ of their mean (None where it does not reach), and the outputs."""
+
+    losses: Tensor
+    gradients: list[Tensor | None]
+    outputs: Any
+
+
 def validation_gradient(
     model: nn.Module,
     loss_fn: LossFn,
-    batch: tuple[Any, Any],
+    batch: tuple[Arguments, Any],
     parameters: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     seed: int | None = None,
-) -> tuple[Tensor, list[Tensor | None], Any]:
-    """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched.
-
-    Returns:
-        The detached scalar loss, one gradient for each parameter (None where the loss does not reach it), and the
-        model's outputs.
-    """
-    inputs, targets = batch
+) -> ValidationGradient:
+    """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched."""
+    arguments, targets = batch
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
     with torch.enable_grad(), preserved_randomness(device_of(model), seed):
-        outputs = evaluate(model, inputs, leaves, {name: b.clone() for name, b in buffers.items()})
-        loss = per_sample_losses(loss_fn, outputs, targets).mean()
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return loss.detach(), list(gradients), outputs
+        outputs = evaluate(model, arguments, leaves, buffers)
+        losses = per_sample_losses(loss_fn, outputs, targets)
+        gradients = torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
+    return ValidationGradient(losses.detach(), list(gradients), detached(outputs))
 
 
 def hypergradient(
@@ -180,13 +185,13 @@ def hypergradient(
     if weights.shape != (size,) or not weights.is_floating_point():
         raise ValueError(f"weights must be floating ({size},), got {tuple(weights.shape)} of {weights.dtype}")
     parameters = trained_parameters(model, optimizer)
-    if engine == "unrolled":
-        return unrolled(model, optimizer, train_batch, validation_batch, weights, loss_fn=loss_fn, steps=steps)
-    check_differentiable(optimizer)
-
-    device = device_of(model)
+    validation = (arguments_of(validation_batch[0]), validation_batch[1])
     buffers = buffer_copies(model)
-    forward = TrainingForward(model, loss_fn, inputs, targets, RandomState.now(device), buffers)
+    random_state = RandomState.now(device_of(model))
+    forward = TrainingForward(model, loss_fn, arguments_of(inputs), targets, random_state, buffers)
+    if engine == "unrolled":
+        return unrolled(forward, optimizer, validation, weights, steps=steps)
+    check_differentiable(optimizer)
     names = list(parameters)
     before = {name: parameter.detach() for name, parameter in parameters.items()}
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
@@ -196,7 +201,7 @@ def hypergradient(
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     update = Update(optimizer, list(parameters.values()), gradients)
     after = dict(zip(names, update.parameters, strict=True))
-    _, cotangents, _ = validation_gradient(model, loss_fn, validation_batch, after, buffers)
+    cotangents = validation_gradient(model, loss_fn, validation, after, buffers).gradients
     direction = dict(zip(names, update.transpose(cotangents), strict=True))
     derivative: Tensor
     if engine == "finite":
@@ -227,16 +232,23 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
 
 
 def unrolled(
-    model: nn.Module,
+    forward: TrainingForward,
     optimizer: Optimizer,
-    train_batch: tuple[Any, Any],
-    validation_batch: tuple[Any, Any],
+    validation: tuple[Arguments, Any],
     weights: Tensor,
     *,
-    loss_fn: LossFn,
     steps: int = 1,
+    seed: int | None = None,
 ) -> Tensor:
-    """The reference engine: ``higher`` unrolls the updates and differentiates through them.
+    """The reference engine: ``higher`` unrolls the updates on ``mean(weights * losses)`` and differentiates them.
+
+    Args:
+        forward: the training batch.
+        optimizer: at its present state, of a kind that ``higher`` has.
+        validation: the validation batch.
+        weights: ``(B,)``.
+        steps: how many updates, all on the training batch.
+        seed: of the validation forward's random numbers; None goes on with those of training.
 
     Raises:
         TypeError: if ``higher`` does not have the optimizer.
@@ -244,17 +256,23 @@ def unrolled(
     """
     check_unrollable(optimizer)
     w = weights.detach().clone().requires_grad_()
-    device = device_of(model)
-    with torch.enable_grad(), preserved_randomness(device), warnings.catch_warnings():
+    (positional, named), targets = forward.arguments, forward.targets
+    device = forward.random_state.device
+    with (
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+        preserved_randomness(device, forward.random_state),
+        torch.autocast(device.type, enabled=False),
+    ):
         warnings.simplefilter("ignore")  # higher's own deprecation warnings
-        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=True) as (functional, inner):
-            with torch.autocast(device.type, enabled=False):
-                for _ in range(steps):
-                    losses = per_sample_losses(loss_fn, call_model(functional, train_batch[0]), train_batch[1])
-                    inner.step((w * losses).mean())
-            outputs = call_model(functional, validation_batch[0])
-            loss = per_sample_losses(loss_fn, outputs, validation_batch[1]).mean()
-            (gradient,) = torch.autograd.grad(loss, w, allow_unused=True)
+        with higher.innerloop_ctx(forward.model, optimizer, copy_initial_weights=True) as (functional, inner):
+            for _ in range(steps):
+                losses = per_sample_losses(forward.loss_fn, functional(*positional, **named), targets)
+                inner.step((w * losses).mean())
+            positional, named = validation[0]
+            with preserved_randomness(device, seed):
+                losses = per_sample_losses(forward.loss_fn, functional(*positional, **named), validation[1])
+            (gradient,) = torch.autograd.grad(losses.mean(), w, allow_unused=True)
     return torch.zeros_like(w) if gradient is None else gradient.detach()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from torch_molere.evaluation import call_model, device_of, logits_of, move
+from torch_molere.evaluation import arguments_of, device_of, logits_of, move
 
 
 def probabilistic_margin(logits: Tensor, targets: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ def margins(model: nn.Module, loader: Iterable[Any]) -> Tensor:
     try:
         parts = []
         for inputs, targets, *_ in loader:
-            outputs = call_model(model, move(inputs, device))
+            positional, named = arguments_of(move(inputs, device))
+            outputs = model(*positional, **named)
             parts.append(probabilistic_margin(logits_of(outputs), move(targets, device)).cpu())
     finally:
         for module, training in modes:

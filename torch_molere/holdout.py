@@ -1,0 +1,141 @@
+"""The splitter-managed validation set of MOLERE: the hardest instances of the stream that training already reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_molere.buffer import Quota, ValidationBuffer
+from torch_molere.evaluation import Arguments
+from torch_molere.samples import Samples
+from torch_molere.splitting import RandomSplitter, splitter_loss
+
+
+class HoldOut:
+    """Sends instances of each batch to a bounded validation buffer, as the splitter says and the quota allows.
+
+    A dataset row is validation exactly as long as the buffer holds it; an instance without an index, for the encounter
+    that put it there.
+
+    Args:
+        splitter: Θ.
+        optimizer: of Θ, or None where it has nothing to learn.
+        buffer: what holds the instances.
+        val_fraction: δ, in (0, 1).
+        seed: of the random split during warm-up.
+    """
+
+    def __init__(
+        self,
+        splitter: nn.Module,
+        optimizer: Optimizer | None,
+        buffer: ValidationBuffer,
+        val_fraction: float,
+        seed: int,
+    ) -> None:
+        self.splitter = splitter
+        self.optimizer = optimizer
+        self.buffer = buffer
+        self.val_fraction = val_fraction
+        self.warmup_splitter = RandomSplitter(val_fraction, seed)
+        self.quota = Quota(val_fraction)
+
+    def choose(self, samples: Samples, warming_up: bool) -> list[int]:
+        """Positions in the batch that go to validation; nothing changes yet.
+
+        Those with p < 1/2, rows already held first, then the smallest p, within the quota and the label balance.
+
+        Raises:
+            ValueError: if the splitter does not return ``(B,)`` probabilities, or the batch does not fit the buffer.
+        """
+        self.buffer.check((samples.arguments, samples.targets))
+        p = self._probabilities(samples, warming_up)
+        rows, classes = _rows_of(samples), _classes_of(samples)
+        low, high = self.quota.bounds(len(p))
+        held = [rows is not None and rows[i] in self.buffer for i in range(len(p))]
+        shares = self.buffer.shares(classes)
+        added: dict[int, int] = {}
+        chosen: list[int] = []
+        for i in sorted(range(len(p)), key=lambda i: (p[i] >= 0.5, not held[i], p[i])):
+            if len(chosen) >= (high if p[i] < 0.5 else low):
+                break
+            label = classes[i]
+            if not held[i]:
+                if not self.buffer.accepts(label, shares[label], sum(added.values()), added.get(label, 0)):
+                    continue
+                added[label] = added.get(label, 0) + 1
+            chosen.append(i)
+        return sorted(chosen)
+
+    def put(self, samples: Samples, chosen: list[int]) -> None:
+        """Hold the chosen instances; rows of this batch that are not among them go back to training."""
+        rows, classes = _rows_of(samples), _classes_of(samples)
+        self.buffer.observe(classes)
+        self.quota.spend(len(classes), len(chosen))
+        self.buffer.insert(
+            (samples.arguments, samples.targets),
+            chosen,
+            [classes[i] for i in chosen],
+            None if rows is None else [rows[i] for i in chosen],
+        )
+        if rows is not None:
+            out = {rows[i] for i in chosen}
+            self.buffer.release_rows(row for row in rows if row not in out)
+
+    def draw(self, count: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
+        """Up to ``count`` instances and their slots, or None while nothing is held."""
+        return self.buffer.draw(count) if len(self.buffer) else None
+
+    def learn(self, validation: Samples, batch: Samples, slots: list[int]) -> None:
+        """One step of Θ, then release the validation instances that have become easy, but never the last batch."""
+        with torch.set_grad_enabled(self.optimizer is not None):
+            loss, p_validation = splitter_loss(self.splitter, validation, batch, self.val_fraction)
+        if self.optimizer is not None and bool(torch.isfinite(loss.detach())):
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        easy = ((p_validation >= 0.5) & validation.correct).tolist()
+        self.buffer.release([slot for slot, is_easy in zip(slots, easy, strict=True) if is_easy], keep=len(slots))
+
+    def _probabilities(self, samples: Samples, warming_up: bool) -> list[float]:
+        size = samples.losses.shape[0]
+        with torch.no_grad():
+            p = (self.warmup_splitter if warming_up else self.splitter)(samples)
+        if not isinstance(p, Tensor) or p.shape != (size,):
+            found = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(f"splitter must return ({size},) probabilities, got {found}")
+        values: list[float] = p.tolist()
+        if not all(0.0 <= value <= 1.0 for value in values):
+            raise ValueError(f"splitter must return probabilities in [0, 1], got {min(values)} to {max(values)}")
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Θ, its optimizer, the buffer and the quota."""
+        return {
+            "splitter": self.splitter.state_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "quota": self.quota.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Put back what :meth:`state_dict` gave, with its tensors on ``device``."""
+        self.splitter.load_state_dict(state["splitter"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.buffer.load_state_dict(state["buffer"], device)
+        self.quota.load_state_dict(state["quota"])
+
+
+def _rows_of(samples: Samples) -> list[int] | None:
+    return None if samples.indices is None else samples.indices.tolist()
+
+
+def _classes_of(samples: Samples) -> list[int]:
+    """The class of every instance; one class for all where there are none."""
+    classes = samples.classes
+    return [0] * samples.losses.shape[0] if classes is None else classes.tolist()

@@ -1,0 +1,681 @@
+"""The meta-optimisation of learned reweighting, around a user's own model, optimizer and loop."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_molere.buffer import ValidationBuffer
+from torch_molere.engines import DirectionalDerivative
+from torch_molere.evaluation import (
+    Arguments,
+    LossFn,
+    RandomState,
+    arguments_of,
+    buffer_copies,
+    cross_entropy,
+    detached,
+    device_of,
+    per_sample_losses,
+    preserved_randomness,
+)
+from torch_molere.holdout import HoldOut
+from torch_molere.hypergradients import (
+    ENGINES,
+    Engine,
+    TrainingForward,
+    ValidationGradient,
+    check_unrollable,
+    trained_parameters,
+    unrolled,
+    validation_gradient,
+)
+from torch_molere.samples import CorrectFn, Samples, default_correct
+from torch_molere.splitting import LearnedSplitter
+from torch_molere.update import Update, check_differentiable
+from torch_molere.validation import FixedValidation
+from torch_molere.weighting import SignalWeighting, normalised
+
+logger = logging.getLogger("torch_molere")
+
+Order = Literal["after", "before"]
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: scalar, the weighted training loss, detached.
+        outputs: the model's outputs for the whole batch, detached (the ``.logits`` of an output object).
+        weights: ``(B,)`` with mean one over the training side and 0 for instances sent to validation.
+        val_mask: ``(B,)`` bool, the instances sent to validation.
+        val_loss: scalar, the mean validation loss after the update, or None on steps without a meta-update.
+    """
+
+    loss: Tensor
+    outputs: Any
+    weights: Tensor
+    val_mask: Tensor
+    val_loss: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the user's model, with what it takes to repeat it exactly."""
+
+    arguments: Arguments
+    random_state: RandomState
+    buffers: dict[str, Tensor]
+
+
+@dataclass
+class _Weighted:
+    """A weighted training loss handed out, between ``loss`` and the optimizer's step."""
+
+    forward: TrainingForward
+    samples: Samples
+    weights: Tensor  # w̄, (B,), with its graph to φ
+    count: int  # n, the training side's size
+    losses: Tensor | None  # ℓ(θ) where they were computed in the parameters' own precision
+    scale: Tensor | float = 1.0  # d(what the user called backward on) / d(this loss)
+
+
+@dataclass(frozen=True)
+class _LookAhead:
+    """The optimizer's next update, and the validation batch that it will be judged by."""
+
+    before: dict[str, Tensor]  # θ by name
+    update: Update
+    validation: tuple[Arguments, Any]
+    slots: list[int]  # of the buffer
+    seed: int  # of the random numbers in the validation forward
+    derivatives: list[Tensor] | None  # ∂ L_val(θ⁺) / ∂ w̄, where the engine takes them before the update
+
+
+class MetaReweighter:
+    """Learned reweighting of training instances by MOLERE (CVPR 2024) or against a fixed validation set.
+
+    Give it your model and optimizer and call :meth:`step` where your loop did forward, backward and
+    ``optimizer.step()``; or put :meth:`loss` where your ``criterion`` stood and keep the rest of your loop.
+
+    Without ``validation=`` a splitter sends a fraction of each batch, the hardest instances, to a validation buffer
+    (MOLERE); with it, your own batches are the validation set and every instance is trained on.
+
+    Args:
+        model: the classifier θ, any ``nn.Module``.
+        optimizer: any optimizer of ``torch.optim`` with a ``differentiable`` flag that holds the model's parameters.
+        loss_fn: ``loss_fn(outputs, targets) -> (B,)`` per-sample losses; default cross-entropy.
+        weighting: the meta-network φ, ``forward(samples) -> (B,)`` weights ≥ 0; default :class:`SignalWeighting`.
+        splitter: Θ, ``forward(samples) -> (B,)`` probabilities of the training side; default
+            :class:`LearnedSplitter`. Not together with ``validation``.
+        validation: an iterable of ``(inputs, targets)`` batches, cycled.
+        hypergradient: the engine: ``"auto"`` takes the fastest that the model supports, which is a finite difference
+            where its first result agrees with the exact one, and says which in the log; ``"forward"``, ``"finite"``
+            and ``"unrolled"`` as in :func:`torch_molere.hypergradient`.
+        order: ``"after"`` updates φ after the optimizer's step, which serves as the look-ahead; ``"before"`` takes a
+            virtual look-ahead first, so that the new φ weighs this very batch, as in the paper, at a higher cost.
+        val_fraction: δ, the share of the stream held out by the splitter, in (0, 1).
+        every: Q, a meta-update at every Q-th step.
+        warmup_steps: steps of plain training first, with a random split; the paper warms up for a quarter of training.
+        val_batch_size: instances drawn from the buffer for a meta-update; default as many as the training batch has.
+        buffer_size: the most instances the buffer holds.
+        buffer_bytes: the most memory it takes.
+        weighting_lr, splitter_lr: learning rates of the default optimizers of φ and Θ (Adam).
+        weighting_optimizer, splitter_optimizer: make another one from a list of parameters, for instance
+            ``functools.partial(torch.optim.SGD, lr=0.1)``.
+        correct_fn: ``correct_fn(outputs, targets) -> (B,)`` bool, the classifier is right; the default knows class
+            indices and multi-label targets and otherwise asks whether the loss is at most the batch's median.
+        seed: of everything random here. The global random streams are neither read nor moved.
+
+    Raises:
+        TypeError: for a model, optimizer or callable of another kind, or an optimizer that cannot be differentiated.
+        ValueError: for an argument out of its range, or an optimizer that holds none of the model's parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        loss_fn: LossFn | None = None,
+        weighting: nn.Module | None = None,
+        splitter: nn.Module | None = None,
+        validation: Iterable[Any] | None = None,
+        hypergradient: Engine = "auto",
+        order: Order = "after",
+        val_fraction: float = 0.1,
+        every: int = 5,
+        warmup_steps: int = 500,
+        val_batch_size: int | None = None,
+        buffer_size: int = 2048,
+        buffer_bytes: int = 256 * 2**20,
+        weighting_lr: float = 1e-4,
+        splitter_lr: float = 1e-3,
+        weighting_optimizer: OptimizerFactory | None = None,
+        splitter_optimizer: OptimizerFactory | None = None,
+        correct_fn: CorrectFn | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for name, module in (("weighting", weighting), ("splitter", splitter)):
+            if module is not None and not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        for name, function in (("loss_fn", loss_fn), ("correct_fn", correct_fn)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        if splitter is not None and validation is not None:
+            raise ValueError("splitter and validation exclude each other: a fixed validation set needs no splitter")
+        if hypergradient not in ENGINES:
+            raise ValueError(f"hypergradient must be one of {ENGINES}, got {hypergradient!r}")
+        if order not in ("after", "before"):
+            raise ValueError(f"order must be 'after' or 'before', got {order!r}")
+        if not 0.0 < val_fraction < 1.0:
+            raise ValueError(f"val_fraction must lie in (0, 1), got {val_fraction}")
+        _check_count("every", every, 1)
+        _check_count("warmup_steps", warmup_steps, 0)
+        if val_batch_size is not None:
+            _check_count("val_batch_size", val_batch_size, 1)
+        trained_parameters(model, optimizer)
+        check_differentiable(optimizer)
+        if hypergradient == "unrolled":
+            check_unrollable(optimizer)
+
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = cross_entropy if loss_fn is None else loss_fn
+        self.correct_fn = correct_fn
+        self.order = order
+        self.every = every
+        self.warmup_steps = warmup_steps
+        self.val_batch_size = val_batch_size
+        self.seed = seed
+        self.steps = 0
+        self.result: StepResult | None = None
+
+        device = device_of(model)
+        self.holdout: HoldOut | None = None
+        self.validation: FixedValidation | None = None
+        with preserved_randomness(device, seed):
+            self.weighting = (SignalWeighting() if weighting is None else weighting).to(device)
+            self.weighting_optimizer = _optimizer_of(self.weighting, weighting_optimizer, weighting_lr)
+            if validation is None:
+                splitter = (LearnedSplitter() if splitter is None else splitter).to(device)
+                buffer = ValidationBuffer(buffer_size, buffer_bytes, seed)
+                theta_optimizer = _optimizer_of(splitter, splitter_optimizer, splitter_lr)
+                self.holdout = HoldOut(splitter, theta_optimizer, buffer, val_fraction, seed)
+            else:
+                self.validation = FixedValidation(validation, device, seed)
+        self._configuration = {
+            "hypergradient": hypergradient,
+            "order": order,
+            "every": every,
+            "warmup_steps": warmup_steps,
+            "val_batch_size": val_batch_size,
+            "weighting": type(self.weighting).__name__,
+            "splitter": None if self.holdout is None else type(self.holdout.splitter).__name__,
+            "validation": "buffer" if self.holdout is not None else "fixed",
+            "val_fraction": None if self.holdout is None else val_fraction,
+        }
+
+        self._hypergradient = hypergradient
+        self._directional_derivative = DirectionalDerivative(hypergradient)
+        self._draws = 0  # how many random states were taken from the seed
+        self._observing = True
+        self._call: _Call | None = None
+        self._weighted: list[_Weighted] = []
+        self._lookahead: _LookAhead | None = None
+        self._said: set[str] = set()
+        self._hooks = [
+            model.register_forward_pre_hook(_Recorder(self), with_kwargs=True),
+            optimizer.register_step_pre_hook(self._before_update),
+            optimizer.register_step_post_hook(self._after_update),
+        ]
+
+    # What users call.
+
+    def step(self, batch: Any) -> StepResult:
+        """Forward, weight, backward, update, and a meta-update where one is due.
+
+        Args:
+            batch: ``(inputs, targets)`` or ``(inputs, targets, indices)``, on the model's device; inputs a tensor, a
+                tuple (``model(*inputs)``) or a dict (``model(**inputs)``); indices ``(B,)`` integers, each instance's
+                row in its dataset: with them an instance stays on its side across epochs.
+
+        Returns:
+            A :class:`StepResult`.
+
+        Raises:
+            TypeError, ValueError: for a batch of another form, or losses of another shape than ``(B,)``.
+            FloatingPointError: if a loss is NaN or infinite; names the rows. Nothing has changed then.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            raise TypeError(
+                "batch must be (inputs, targets) or (inputs, targets, indices), got "
+                + (f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else type(batch).__name__)
+            )
+        positional, named = arguments_of(batch[0])
+        self._call = None
+        try:
+            with torch.enable_grad():
+                loss = self.loss(self.model(*positional, **named), *batch[1:])
+                self.optimizer.zero_grad()
+                loss.backward()
+        except BaseException:
+            self._weighted = []
+            if self._call is not None:
+                self._undo(self._call)
+            raise
+        self.optimizer.step()
+        assert self.result is not None
+        return self.result
+
+    def loss(self, outputs: Any, targets: Any, indices: Tensor | None = None) -> Tensor:
+        """The weighted training loss, in place of ``criterion(outputs, targets)`` in a loop of your own.
+
+        The meta-update runs inside ``optimizer.step()``. Where gradients are off (an evaluation loop) this is the
+        plain mean loss and nothing else happens. After ``optimizer.step()`` the step's details are in :attr:`result`.
+
+        Args:
+            outputs: what the model returned for its latest batch.
+            targets: its targets.
+            indices: its rows in the dataset, optional.
+
+        Returns:
+            A scalar to call ``backward`` on.
+
+        Raises:
+            As :meth:`step`; RuntimeError if ``model`` has not been called since the last loss.
+        """
+        losses = per_sample_losses(self.loss_fn, outputs, targets)
+        if not torch.is_grad_enabled():
+            return losses.mean()
+        if self._call is None:
+            raise RuntimeError("loss(outputs, targets) needs outputs of a call of the model made since the last loss")
+        draws = self._draws
+        try:
+            weighted_loss = self._weighted_loss(self._call, outputs, targets, losses, indices)
+        except BaseException:
+            self._draws = draws
+            self._undo(self._call)
+            raise
+        self._call = None
+        return weighted_loss
+
+    @property
+    def engine(self) -> Engine:
+        """The hypergradient engine in use; ``"auto"`` until the first meta-update has chosen one."""
+        return "unrolled" if self._hypergradient == "unrolled" else self._directional_derivative.engine
+
+    @property
+    def splitter(self) -> nn.Module | None:
+        """Θ, or None with a fixed validation set."""
+        return None if self.holdout is None else self.holdout.splitter
+
+    @property
+    def buffer(self) -> ValidationBuffer | None:
+        """The splitter-managed validation buffer, or None with a fixed validation set."""
+        return None if self.holdout is None else self.holdout.buffer
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next step still is one of plain training with a random split."""
+        return self.steps < self.warmup_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the classifier and its optimizer: φ, Θ, their optimizers, the buffer, counters, generators.
+
+        Take it between steps. ``torch.load(..., weights_only=True)`` reads it.
+        """
+        return {
+            "version": STATE_VERSION,
+            "configuration": dict(self._configuration),
+            "seed": self.seed,
+            "steps": self.steps,
+            "draws": self._draws,
+            "engine": self._directional_derivative.engine,
+            "weighting": self.weighting.state_dict(),
+            "weighting_optimizer": None if self.weighting_optimizer is None else self.weighting_optimizer.state_dict(),
+            "holdout": None if self.holdout is None else self.holdout.state_dict(),
+            "validation": None if self.validation is None else self.validation.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave, in a reweighter made with the same arguments.
+
+        Raises:
+            ValueError: if ``state`` is of another kind, version or configuration, or does not fit the networks; names
+                what differs. Nothing has changed then.
+        """
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            found = state.get("version") if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state_dict must be one of MetaReweighter, version {STATE_VERSION}, got {found!r}")
+        theirs = state.get("configuration", {})
+        different = [
+            f"{name}={theirs.get(name)!r} (here {mine!r})"
+            for name, mine in self._configuration.items()
+            if theirs.get(name) != mine
+        ]
+        if different:
+            raise ValueError(
+                f"state_dict is of another configuration: {', '.join(different)}; make the reweighter with the same "
+                "arguments before loading"
+            )
+        present = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(present)
+            raise ValueError(f"state_dict does not fit this reweighter: {error}") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.weighting.load_state_dict(state["weighting"])
+        if self.weighting_optimizer is not None:
+            self.weighting_optimizer.load_state_dict(state["weighting_optimizer"])
+        if self.holdout is not None:
+            self.holdout.load_state_dict(state["holdout"], device_of(self.model))
+        if self.validation is not None:
+            self.validation.load_state_dict(state["validation"])
+        self.seed, self.steps, self._draws = state["seed"], state["steps"], state["draws"]
+        self._directional_derivative.engine = state["engine"]
+        self._weighted, self._lookahead, self._call = [], None, None
+
+    def close(self) -> None:
+        """Take the hooks off model and optimizer; both are then as if they had never been wrapped."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._weighted, self._lookahead, self._call = [], None, None
+
+    def __enter__(self) -> MetaReweighter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "MetaReweighter is tied to its model's and optimizer's hooks and cannot be copied or pickled; "
+            "save state_dict() and load it into a new MetaReweighter(model, optimizer)"
+        )
+
+    # Before the update: split and weigh.
+
+    def _record_call(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if self._observing and torch.is_grad_enabled():
+            self._call = _Call((positional, named), RandomState.now(device_of(self.model)), buffer_copies(self.model))
+
+    def _undo(self, call: _Call) -> None:
+        """Take back what a call of the model changed."""
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(call.buffers[name])
+        call.random_state.restore()
+
+    def _weighted_loss(self, call: _Call, outputs: Any, targets: Any, losses: Tensor, indices: Tensor | None) -> Tensor:
+        size = losses.shape[0]
+        if size == 0:
+            raise ValueError("batch must have at least one instance, got none")
+        _check_finite(losses.detach())
+        samples = self._samples(call.arguments, outputs, targets, losses.detach(), _checked_indices(indices, losses))
+        meta = not self.warming_up and (self.steps - self.warmup_steps) % self.every == 0
+        chosen: list[int] = []
+        if self.holdout is not None:
+            with self._aside(losses.device):
+                chosen = self.holdout.choose(samples, self.warming_up)
+        val_mask = torch.zeros(size, dtype=torch.bool, device=losses.device)
+        val_mask[chosen] = True
+        training = ~val_mask if chosen else None
+        weights = self._weights(samples, training, graph=meta)
+        if self.holdout is not None:
+            self.holdout.put(samples, chosen)
+        weighted: _Weighted | None = None
+        val_loss: Tensor | None = None
+        if meta:
+            autocast = torch.is_autocast_enabled(losses.device.type)
+            weighted = _Weighted(
+                TrainingForward(self.model, self.loss_fn, call.arguments, targets, call.random_state, call.buffers),
+                samples,
+                weights,
+                size - len(chosen),
+                None if autocast else losses.detach(),
+            )
+            if self.order == "before":
+                val_loss = self._look_ahead_first(losses, weighted)
+                weights = self._weights(samples, training, graph=False)
+        weights = weights.detach().to(losses.dtype)
+        loss = (weights * losses).sum() / (size - len(chosen))
+        if weighted is not None and self.order == "after":
+            self._weighted.append(weighted)
+            loss.register_hook(lambda gradient: setattr(weighted, "scale", gradient.detach()))
+        self.result = StepResult(loss.detach(), detached(outputs), weights, val_mask, val_loss)
+        return loss
+
+    def _samples(
+        self, arguments: Arguments, outputs: Any, targets: Any, losses: Tensor, indices: Tensor | None = None
+    ) -> Samples:
+        outputs = detached(outputs)
+        if self.correct_fn is None:
+            correct = default_correct(outputs, targets, losses)
+        else:
+            correct = self.correct_fn(outputs, targets)
+            if not isinstance(correct, Tensor) or correct.shape != losses.shape or correct.dtype != torch.bool:
+                found = f"{tuple(correct.shape)} {correct.dtype}" if isinstance(correct, Tensor) else repr(correct)
+                raise ValueError(f"correct_fn must return ({losses.shape[0]},) bool, got {found}")
+        return Samples(arguments, targets, outputs, losses, correct, indices)
+
+    def _weights(self, samples: Samples, training: Tensor | None, graph: bool) -> Tensor:
+        """w̄, ``(B,)``, with its graph to φ if asked for; exactly one each during warm-up."""
+        size = samples.losses.shape[0]
+        if self.warming_up:
+            return normalised(torch.ones_like(samples.losses), training)
+        with torch.set_grad_enabled(graph), self._aside(samples.losses.device):
+            weights = self.weighting(samples)
+            if not isinstance(weights, Tensor) or weights.shape != (size,):
+                found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+                raise ValueError(f"weighting must return ({size},) weights, got {found}")
+            if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+                raise ValueError("weighting must return finite weights ≥ 0, got negative, NaN or infinite ones")
+            return normalised(weights, training)
+
+    @contextmanager
+    def _aside(self, device: torch.device) -> Iterator[None]:
+        """Run φ or Θ on random numbers of their own, in full precision."""
+        with preserved_randomness(device, self._next_seed()), torch.autocast(device.type, enabled=False):
+            yield
+
+    def _next_seed(self) -> int:
+        self._draws += 1
+        return self.seed * 1_000_003 + self._draws
+
+    # Around the update: the meta-gradient.
+
+    def _before_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        closure = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]
+        if closure:
+            raise TypeError("optimizer.step(closure) evaluates the loss itself; call step() without a closure")
+        self._lookahead = None
+        if self._weighted:
+            gradients = [p.grad for p in trained_parameters(self.model, optimizer).values()]
+            self._lookahead = self._look_ahead(self._weighted, gradients)
+
+    def _after_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """The "after" order: the step just taken is the look-ahead."""
+        weighted, self._weighted = self._weighted, []
+        lookahead, self._lookahead = self._lookahead, None
+        try:
+            if lookahead is not None and self.result is not None:
+                val_loss = self._meta_update(weighted, lookahead, trained_parameters(self.model, optimizer))
+                self.result = replace(self.result, val_loss=val_loss)
+        finally:
+            self.steps += 1
+
+    def _look_ahead_first(self, losses: Tensor, weighted: _Weighted) -> Tensor | None:
+        """The "before" order: a virtual step with the present φ is the look-ahead."""
+        loss = (weighted.weights.detach().to(losses.dtype) * losses).sum() / weighted.count
+        parameters = trained_parameters(self.model, self.optimizer)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        lookahead = self._look_ahead([weighted], gradients)
+        if lookahead is None:
+            return None
+        after = dict(zip(parameters, lookahead.update.parameters, strict=True))
+        return self._meta_update([weighted], lookahead, after)
+
+    def _look_ahead(self, weighted: list[_Weighted], gradients: Sequence[Tensor | None]) -> _LookAhead | None:
+        drawn = self._draw_validation(weighted[0].samples.losses.shape[0])
+        if drawn is None:
+            self._say(
+                "empty",
+                "no meta-update: the validation buffer is empty. An instance always stays on the training side, so "
+                "batches of one fill no buffer; use larger batches or pass validation=",
+            )
+            return None
+        validation, slots = drawn
+        parameters = trained_parameters(self.model, self.optimizer)
+        update = Update(self.optimizer, list(parameters.values()), gradients)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        seed = self._next_seed()
+        derivatives = None
+        if self._hypergradient == "unrolled":
+            if len(weighted) > 1:
+                raise RuntimeError(
+                    f"hypergradient='unrolled' takes one loss for each optimizer step, got {len(weighted)}; "
+                    "use 'forward' or 'finite' to accumulate gradients"
+                )
+            derivatives = [self._unrolled(weighted[0], validation, seed)]
+        return _LookAhead(before, update, validation, slots, seed, derivatives)
+
+    def _draw_validation(self, batch_size: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
+        if self.validation is not None:
+            return self.validation.draw(), []
+        assert self.holdout is not None
+        return self.holdout.draw(self.val_batch_size or batch_size)
+
+    def _meta_update(self, weighted: list[_Weighted], lookahead: _LookAhead, after: dict[str, Tensor]) -> Tensor:
+        """One step of φ and Θ against L_val(θ⁺), which it returns."""
+        with self._unobserved():
+            validation = validation_gradient(
+                self.model, self.loss_fn, lookahead.validation, after, buffer_copies(self.model), lookahead.seed
+            )
+            derivatives = lookahead.derivatives
+            if derivatives is None:
+                u = dict(zip(after, lookahead.update.transpose(validation.gradients), strict=True))
+                derivatives = [
+                    self._directional_derivative(w.forward, lookahead.before, u, w.losses) / w.count * w.scale
+                    for w in weighted
+                ]
+            val_loss = validation.losses.mean()
+            if bool(torch.isfinite(torch.stack([val_loss, *(d.sum() for d in derivatives)])).all()):
+                self._learn(weighted, derivatives, validation, lookahead)
+            else:
+                self._say("nonfinite", "skipped a meta-update: the validation loss or its gradient is not finite")
+        return val_loss
+
+    def _unrolled(self, weighted: _Weighted, validation: tuple[Arguments, Any], seed: int) -> Tensor:
+        # higher's loss is a mean over all B instances, ours over the n of the training side.
+        ratio = weighted.samples.losses.shape[0] / weighted.count
+        weights = ratio * weighted.weights.detach()
+        with self._unobserved():
+            return ratio * unrolled(weighted.forward, self.optimizer, validation, weights, seed=seed)
+
+    def _learn(
+        self,
+        weighted: list[_Weighted],
+        derivatives: list[Tensor],
+        validation: ValidationGradient,
+        lookahead: _LookAhead,
+    ) -> None:
+        if self.weighting_optimizer is not None:
+            self.weighting_optimizer.zero_grad()
+            for w, derivative in zip(weighted, derivatives, strict=True):
+                w.weights.backward(gradient=derivative.to(w.weights.dtype))
+            self.weighting_optimizer.step()
+            self.weighting_optimizer.zero_grad()
+        if self.holdout is not None:
+            arguments, targets = lookahead.validation
+            held = self._samples(arguments, validation.outputs, targets, validation.losses)
+            with self._aside(validation.losses.device):
+                self.holdout.learn(held, weighted[0].samples, lookahead.slots)
+
+    @contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        """Calls of the model inside are the reweighter's own."""
+        self._observing = False
+        try:
+            yield
+        finally:
+            self._observing = True
+
+    def _say(self, topic: str, message: str) -> None:
+        if topic not in self._said:
+            self._said.add(topic)
+            logger.warning(message)
+
+
+class _Recorder:
+    """The forward pre-hook. Copies and pickles of the model carry one that does nothing."""
+
+    def __init__(self, reweighter: MetaReweighter | None = None) -> None:
+        self._reweighter = None if reweighter is None else weakref.ref(reweighter)
+
+    def __call__(self, model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        reweighter = None if self._reweighter is None else self._reweighter()
+        if reweighter is not None:
+            reweighter._record_call(positional, named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
+        return _Recorder()
+
+    def __reduce__(self) -> tuple[type[_Recorder], tuple[()]]:
+        return _Recorder, ()
+
+
+def _optimizer_of(module: nn.Module, factory: OptimizerFactory | None, lr: float) -> Optimizer | None:
+    """The optimizer of φ or Θ; None where there is nothing to learn."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        return None
+    if factory is not None:
+        return factory(parameters)
+    if any(isinstance(m, nn.Embedding) and m.sparse for m in module.modules()):
+        return torch.optim.SparseAdam(parameters, lr=lr)
+    return torch.optim.Adam(parameters, lr=lr)
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
+
+
+def _check_finite(losses: Tensor) -> None:
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().squeeze(1).tolist()
+        shown = f"{rows[:20]} and {len(rows) - 20} more" if len(rows) > 20 else f"{rows}"
+        raise FloatingPointError(
+            f"loss is NaN or infinite for instances {shown} of the batch; the step was refused, nothing has changed"
+        )
+
+
+def _checked_indices(indices: Any, losses: Tensor) -> Tensor | None:
+    if indices is None:
+        return None
+    rows = torch.as_tensor(indices, device=losses.device)
+    if rows.shape != losses.shape or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(f"indices must be ({losses.shape[0]},) integers, got {tuple(rows.shape)} {rows.dtype}")
+    if int(rows.min()) < 0:
+        raise ValueError(f"indices must be ≥ 0, got {int(rows.min())}")
+    return rows.long()

@@ -13,6 +13,9 @@ from torch_molere.evaluation import Arguments
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
 
+LEAST = 2
+"""The fewest instances worth a meta-update, kept whatever the splitter says: batch norm needs two."""
+
 
 class HoldOut:
     """Sends instances of each batch to a bounded validation buffer, as the splitter says and the quota allows.
@@ -83,11 +86,11 @@ class HoldOut:
         )
         if rows is not None:
             out = {rows[i] for i in chosen}
-            self.buffer.release_rows(row for row in rows if row not in out)
+            self.buffer.release_rows((row for row in rows if row not in out), keep=LEAST)
 
     def draw(self, count: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
-        """Up to ``count`` instances and their slots, or None while nothing is held."""
-        return self.buffer.draw(count) if len(self.buffer) else None
+        """Up to ``count`` instances and their slots, or None while fewer than :data:`LEAST` are held."""
+        return self.buffer.draw(max(count, LEAST)) if len(self.buffer) >= LEAST else None
 
     def learn(self, validation: Samples, batch: Samples, slots: list[int]) -> None:
         """One step of Θ, then release the validation instances that have become easy, but never the last batch."""

@@ -539,8 +539,9 @@ class MetaReweighter:
         if drawn is None:
             self._say(
                 "empty",
-                "no meta-update: the validation buffer is empty. An instance always stays on the training side, so "
-                "batches of one fill no buffer; use larger batches or pass validation=",
+                "no meta-update: the validation buffer holds fewer than two instances so far. It fills at val_fraction "
+                "of each batch, and one instance always stays on the training side, so batches of one never fill it; "
+                "raise warmup_steps, use larger batches or pass validation=",
             )
             return None
         validation, slots = drawn

@@ -1,6 +1,7 @@
 """One step of MetaReweighter against loops written by hand."""
 
 import copy
+import gc
 import logging
 from dataclasses import dataclass
 
@@ -545,6 +546,18 @@ def test_close_leaves_model_and_optimizer_as_they_were():
         reweighter.step(batches(1)[0])
         assert model._forward_pre_hooks
         assert optimizer._optimizer_step_pre_hooks
+    assert not model._forward_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_reweighter_let_go_of_leaves_nothing_behind():
+    model = classifier()
+    optimizer = sgd(model)
+    reweighter = MetaReweighter(model, optimizer, validation=batches(1), warmup_steps=0, every=1)
+    reweighter.step(batches(1)[0])
+    del reweighter
+    gc.collect()
     assert not model._forward_pre_hooks
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks

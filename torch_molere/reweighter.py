@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from torch_molere.buffer import ValidationBuffer
 from torch_molere.engines import DirectionalDerivative
@@ -28,6 +29,7 @@ from torch_molere.evaluation import (
     per_sample_losses,
     preserved_randomness,
 )
+from torch_molere.history import SampleHistory
 from torch_molere.holdout import HoldOut
 from torch_molere.hypergradients import (
     ENGINES,
@@ -140,6 +142,12 @@ class MetaReweighter:
             indices and multi-label targets and otherwise asks whether the loss is at most the batch's median.
         seed: of everything random here. The global random streams are neither read nor moved.
 
+    Attributes:
+        result: the latest step's :class:`StepResult`, or None.
+        history: the :class:`~torch_molere.history.SampleHistory` of rows that came with ``indices``: which are hard.
+        steps: optimizer steps so far.
+        weighting, splitter, buffer, validation: φ, Θ, and where validation instances come from.
+
     Raises:
         TypeError: for a model, optimizer or callable of another kind, or an optimizer that cannot be differentiated.
         ValueError: for an argument out of its range, or an optimizer that holds none of the model's parameters.
@@ -205,6 +213,7 @@ class MetaReweighter:
         self.seed = seed
         self.steps = 0
         self.result: StepResult | None = None
+        self.history = SampleHistory()
 
         device = device_of(model)
         self.holdout: HoldOut | None = None
@@ -239,11 +248,13 @@ class MetaReweighter:
         self._weighted: list[_Weighted] = []
         self._lookahead: _LookAhead | None = None
         self._said: set[str] = set()
-        self._hooks = [
+        hooks = [
             model.register_forward_pre_hook(_Recorder(self), with_kwargs=True),
-            optimizer.register_step_pre_hook(self._before_update),
-            optimizer.register_step_post_hook(self._after_update),
+            optimizer.register_step_pre_hook(_weakly(self._before_update)),
+            optimizer.register_step_post_hook(_weakly(self._after_update)),
         ]
+        # Hooks hold this object weakly: one that is closed or let go of leaves nothing behind.
+        self._detach = weakref.finalize(self, _remove, hooks)
 
     # What users call.
 
@@ -351,6 +362,7 @@ class MetaReweighter:
             "weighting_optimizer": None if self.weighting_optimizer is None else self.weighting_optimizer.state_dict(),
             "holdout": None if self.holdout is None else self.holdout.state_dict(),
             "validation": None if self.validation is None else self.validation.state_dict(),
+            "history": self.history.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -389,15 +401,17 @@ class MetaReweighter:
             self.holdout.load_state_dict(state["holdout"], device_of(self.model))
         if self.validation is not None:
             self.validation.load_state_dict(state["validation"])
+        self.history.load_state_dict(state["history"], device_of(self.model))
         self.seed, self.steps, self._draws = state["seed"], state["steps"], state["draws"]
         self._directional_derivative.engine = state["engine"]
         self._weighted, self._lookahead, self._call = [], None, None
 
     def close(self) -> None:
-        """Take the hooks off model and optimizer; both are then as if they had never been wrapped."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Take the hooks off model and optimizer; both are then as if they had never been wrapped.
+
+        A reweighter that nothing refers to any more does so by itself.
+        """
+        self._detach()
         self._weighted, self._lookahead, self._call = [], None, None
 
     def __enter__(self) -> MetaReweighter:
@@ -461,6 +475,7 @@ class MetaReweighter:
         if weighted is not None and self.order == "after":
             self._weighted.append(weighted)
             loss.register_hook(lambda gradient: setattr(weighted, "scale", gradient.detach()))
+        self.history.record(samples, weights, val_mask, self.warming_up)
         self.result = StepResult(loss.detach(), detached(outputs), weights, val_mask, val_loss)
         return loss
 
@@ -642,6 +657,23 @@ class _Recorder:
 
     def __reduce__(self) -> tuple[type[_Recorder], tuple[()]]:
         return _Recorder, ()
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """An optimizer hook that does not keep its reweighter alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*arguments: Any) -> None:
+        bound = reference()
+        if bound is not None:
+            bound(*arguments)
+
+    return hook
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _optimizer_of(module: nn.Module, factory: OptimizerFactory | None, lr: float) -> Optimizer | None:

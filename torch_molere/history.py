@@ -1,0 +1,70 @@
+"""What training saw of each row of the dataset: a view of which instances are hard or wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_molere.samples import Samples
+
+_COLUMNS = ("seen", "loss", "margin", "correct", "held_out", "weighed", "weight")
+
+
+class SampleHistory:
+    """Means over all encounters with each dataset row; kept for batches that carry ``indices``.
+
+    Takes seven numbers a row, and time independent of how many rows there are.
+    """
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(0, len(_COLUMNS))
+
+    def record(self, samples: Samples, weights: Tensor, val_mask: Tensor, warming_up: bool) -> None:
+        """Add one batch; weights count from after warm-up, where an instance was on the training side."""
+        if samples.indices is None:
+            return
+        self._reserve(int(samples.indices.max()) + 1, samples.losses.device)
+        ones = torch.ones_like(samples.losses)
+        margins = torch.full_like(ones, torch.nan) if samples.classes is None else samples.margins
+        weighed = torch.zeros_like(ones) if warming_up else (~val_mask).to(ones.dtype)
+        columns = [ones, samples.losses, margins, samples.correct, val_mask, weighed, weighed * weights]
+        values = torch.stack([column.to(self._sums.dtype) for column in columns], dim=1)
+        self._sums.index_add_(0, samples.indices, values)
+
+    def table(self) -> dict[str, Tensor]:
+        """One entry for each of the R rows seen, in ascending order, on the CPU.
+
+        Returns:
+            ``row`` (long); ``seen``, the number of encounters (long); and, in float32, the means of ``loss``,
+            ``margin`` (the probabilistic margin, NaN without class indices), ``correct`` (how often the classifier was
+            right), ``held_out`` (how often it was validation) and ``weight`` (NaN where it was never weighed). Wrong
+            labels show as small margins and weights; ``pandas.DataFrame(history.table())`` sorts them.
+        """
+        sums = self._sums.cpu()
+        row = sums[:, 0].nonzero().squeeze(1)
+        seen, loss, margin, correct, held_out, weighed, weight = sums[row].unbind(1)
+        return {
+            "row": row,
+            "seen": seen.long(),
+            "loss": loss / seen,
+            "margin": margin / seen,
+            "correct": correct / seen,
+            "held_out": held_out / seen,
+            "weight": weight / weighed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums behind the means."""
+        return {"sums": self._sums.clone()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Put back what :meth:`state_dict` gave, on ``device``."""
+        self._sums = state["sums"].to(device).clone()
+
+    def _reserve(self, rows: int, device: torch.device) -> None:
+        if rows > len(self._sums):
+            larger = torch.zeros(max(rows, 2 * len(self._sums)), len(_COLUMNS), device=device)
+            larger[: len(self._sums)] = self._sums
+            self._sums = larger

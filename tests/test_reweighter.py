@@ -219,6 +219,29 @@ def test_accumulated_gradients(engine):
     assert_same(h, g, rtol=1e-5, atol=1e-9)
 
 
+def test_losses_of_a_skipped_update_are_forgotten():
+    """As a GradScaler skips one that overflowed; and a loss without backward is no part of any update."""
+    found = []
+    for skip in (False, True):
+        model, weighting = classifier(), Scores(12)
+        del model[3]
+        optimizer = sgd(model)
+        reweighter = MetaReweighter(
+            model, optimizer, weighting=weighting, validation=batches(1, seed=5), warmup_steps=0, every=1
+        )
+        (x, y), (other, labels) = batches(2)
+        state = copy.deepcopy(model.state_dict())
+        if skip:
+            reweighter.loss(model(other), labels).backward()
+            reweighter.loss(model(other), labels)
+        model.load_state_dict(state)
+        optimizer.zero_grad()
+        reweighter.loss(model(x), y).backward()
+        optimizer.step()
+        found.append((model.state_dict(), weighting.state_dict()))
+    assert_same(found[0], found[1])
+
+
 @dataclass
 class Output:
     logits: torch.Tensor

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,7 @@ class _Weighted:
     weights: Tensor  # w̄, (B,), with its graph to φ
     count: int  # n, the training side's size
     losses: Tensor | None  # ℓ(θ) where they were computed in the parameters' own precision
-    scale: Tensor | float = 1.0  # d(what the user called backward on) / d(this loss)
+    scale: Tensor | float = 1.0  # d(what backward was called on) / d(this loss)
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class MetaReweighter:
         self._draws = 0  # how many random states were taken from the seed
         self._observing = True
         self._call: _Call | None = None
-        self._weighted: list[_Weighted] = []
+        self._weighted: list[_Weighted] = []  # that the gradients of the next update come from
         self._lookahead: _LookAhead | None = None
         self._said: set[str] = set()
         hooks = [
@@ -473,8 +474,7 @@ class MetaReweighter:
         weights = weights.detach().to(losses.dtype)
         loss = (weights * losses).sum() / (size - len(chosen))
         if weighted is not None and self.order == "after":
-            self._weighted.append(weighted)
-            loss.register_hook(lambda gradient: setattr(weighted, "scale", gradient.detach()))
+            loss.register_hook(partial(self._backward_through, weighted))
         self.history.record(samples, weights, val_mask, self.warming_up)
         self.result = StepResult(loss.detach(), detached(outputs), weights, val_mask, val_loss)
         return loss
@@ -517,6 +517,13 @@ class MetaReweighter:
         return self.seed * 1_000_003 + self._draws
 
     # Around the update: the meta-gradient.
+
+    def _backward_through(self, weighted: _Weighted, gradient: Tensor) -> None:
+        """Hook of a loss: it is part of the next update from now on, and alone so where there are no gradients yet."""
+        if all(p.grad is None for p in trained_parameters(self.model, self.optimizer).values()):
+            self._weighted = []  # of an update that was skipped
+        weighted.scale = gradient.detach()
+        self._weighted.append(weighted)
 
     def _before_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         closure = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]

@@ -550,6 +550,45 @@ def test_autocast():
         assert torch.isfinite(reweighter.step((x.float(), y)).loss)
 
 
+@pytest.mark.parametrize("where", ["both", "forward only", "inside the model"])
+def test_reduced_precision_losses_are_no_base_of_a_difference(where):
+    """The finite engine's gradient stays that of forward mode wherever autocast is entered outside the model; where
+    every forward is in reduced precision, ``auto`` keeps forward mode."""
+    found = []
+    for engine in ("auto" if where == "inside the model" else "finite", "forward"):
+        model = nn.Sequential(nn.Linear(5, 32), nn.Tanh(), nn.Linear(32, 3))
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        if where == "inside the model":
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        weighting = Scores(12).float()
+        reweighter = MetaReweighter(
+            model,
+            optimizer,
+            weighting=weighting,
+            weighting_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+            validation=[(x.float(), y) for x, y in batches(1, seed=3)],
+            warmup_steps=0,
+            every=1,
+            hypergradient=engine,
+        )
+        x, y = batches(1)[0]
+        start = weighting.scores.detach().clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=where != "inside the model"):
+            outputs = model(x.float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=where == "both"):
+            loss = reweighter.loss(outputs.float(), y)
+        loss.backward()
+        optimizer.step()
+        found.append(weighting.scores.detach() - start)
+        if where == "inside the model":
+            assert reweighter.engine == "forward"
+    first, exact = found
+    assert (first - exact).norm() < 0.05 * exact.norm()
+
+
 def test_evaluation_gets_the_plain_loss_and_changes_nothing():
     model = classifier()
     reweighter = MetaReweighter(model, sgd(model), warmup_steps=0)

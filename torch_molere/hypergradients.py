@@ -77,7 +77,9 @@ def forward_mode(forward: TrainingForward, parameters: dict[str, Tensor], direct
     Raises:
         NotImplementedError: if an operation of the model has no forward-mode rule.
     """
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        # PyTorch scripts its own forward-mode rules at the first use, and warns of its own deprecation.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         tangents: Tensor = torch.func.jvp(forward.losses, (parameters,), (direction,))[1]
     return tangents.detach()
 

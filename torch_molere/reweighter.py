@@ -92,7 +92,7 @@ class _Weighted:
     samples: Samples
     weights: Tensor  # w̄, (B,), with its graph to φ
     count: int  # n, the training side's size
-    losses: Tensor | None  # ℓ(θ) where they were computed in the parameters' own precision
+    losses: Tensor  # ℓ(θ), (B,), detached
     scale: Tensor | float = 1.0  # d(what backward was called on) / d(this loss)
 
 
@@ -358,7 +358,7 @@ class MetaReweighter:
             "seed": self.seed,
             "steps": self.steps,
             "draws": self._draws,
-            "engine": self._directional_derivative.engine,
+            "engine": self._directional_derivative.state_dict(),
             "weighting": self.weighting.state_dict(),
             "weighting_optimizer": None if self.weighting_optimizer is None else self.weighting_optimizer.state_dict(),
             "holdout": None if self.holdout is None else self.holdout.state_dict(),
@@ -404,7 +404,7 @@ class MetaReweighter:
             self.validation.load_state_dict(state["validation"])
         self.history.load_state_dict(state["history"], device_of(self.model))
         self.seed, self.steps, self._draws = state["seed"], state["steps"], state["draws"]
-        self._directional_derivative.engine = state["engine"]
+        self._directional_derivative.load_state_dict(state["engine"])
         self._weighted, self._lookahead, self._call = [], None, None
 
     def close(self) -> None:
@@ -460,13 +460,12 @@ class MetaReweighter:
         weighted: _Weighted | None = None
         val_loss: Tensor | None = None
         if meta:
-            autocast = torch.is_autocast_enabled(losses.device.type)
             weighted = _Weighted(
                 TrainingForward(self.model, self.loss_fn, call.arguments, targets, call.random_state, call.buffers),
                 samples,
                 weights,
                 size - len(chosen),
-                None if autocast else losses.detach(),
+                losses.detach(),
             )
             if self.order == "before":
                 val_loss = self._look_ahead_first(losses, weighted)

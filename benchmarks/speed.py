@@ -1,0 +1,371 @@
+"""What a step costs beside plain training, ours and the peers'.
+
+``python -m benchmarks.speed steps``, ``memory``, ``growth`` or ``error``; ``--help`` tells what each measures.
+
+Times are taken interleaved, every contender once a round in an order shuffled anew, so that a machine that drifts
+drifts for all; figures are medians over the rounds of the ratio to plain training in the same round.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import torchvision
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from benchmarks.contenders import GRADIENTS, STEPS, Step, Task, erm, molere
+from benchmarks.models import MLP, build
+from benchmarks.provenance import provenance
+from benchmarks.results import write
+from torch_molere import hypergradient
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+PEERS = ("betty-ml", "torchopt", "higher")
+PERIOD = 5
+"""Steps timed at a go: one whole period of ``every=5``."""
+
+ORDER = (*STEPS, *(f"gradient: {name}" for name in GRADIENTS))
+"""The contenders as tables list them."""
+
+Models = Annotated[str, typer.Option(help="Comma-separated: conv, resnet20, mlp, vit-tiny, wrn-28-10, resnet50.")]
+Optimizers = Annotated[str, typer.Option(help="Comma-separated: sgd, adamw.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Out = Annotated[Path, typer.Option(help="Folder of the stored results.")]
+RESULTS = Path("benchmarks/results")
+
+
+def task_of(model: str, optimizer: str, device: str, batch: int = 128, validation: int | None = None) -> Task:
+    """A task of one of the benchmark's models on random images (the cost does not depend on what they show)."""
+    torch.manual_seed(0)
+    shape, classes, network = _network(model)
+    sizes = (batch, batch if validation is None else validation)
+    x, xv = (torch.randn(size, *shape, device=device) for size in sizes)
+    y, yv = (torch.randint(classes, (size,), device=device) for size in sizes)
+    return Task(network.to(device), optimizer, (x, y), (xv, yv))
+
+
+def _network(name: str) -> tuple[tuple[int, ...], int, nn.Module]:
+    if name == "mlp":  # on the 1,600 features of an image, as in the studies
+        return (1600,), 10, MLP(1600, 10, hidden=512)
+    if name == "vit-tiny":
+        return (3, 32, 32), 10, torchvision.models.VisionTransformer(32, 4, 12, 3, 192, 768, num_classes=10)
+    if name == "resnet50":
+        return (3, 224, 224), 1000, build(name, (3, 224, 224), 1000)
+    return (3, 32, 32), 10, build(name, (3, 32, 32), 10)
+
+
+def rounds(contenders: Mapping[str, Step], count: int, device: str) -> Iterator[tuple[int, str, float]]:
+    """``(round, contender, seconds a step)``, every contender once a round in random order, after one to warm up."""
+    order = list(contenders)
+    shuffle = random.Random(0).shuffle
+    for number in range(-1, count):
+        shuffle(order)
+        for name in order:
+            seconds = _seconds(contenders[name], device)
+            if number >= 0:
+                yield number, name, seconds
+
+
+def _seconds(step: Step, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(PERIOD):
+        step()
+    _wait(device)
+    return (time.perf_counter() - start) / PERIOD
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def made(factories: Mapping[str, Callable[[Task], Step]], task: Task) -> tuple[dict[str, Step], dict[str, str]]:
+    """The contenders that run here, each having taken a step, and the errors of those that do not."""
+    steps, errors = {}, {}
+    for name, factory in factories.items():
+        try:
+            step = factory(task)
+            step()
+        except Exception as error:  # a peer may fail in any way: its error goes into the table
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            steps[name] = step
+    return steps, errors
+
+
+def relative(frame: pd.DataFrame, keys: list[str], column: str = "seconds") -> pd.DataFrame:
+    """Adds ``ratio``: to the contender ERM of the same round and setting."""
+    base = frame[frame.contender == "ERM"].set_index([*keys, "round"])[column]
+    index = pd.MultiIndex.from_frame(frame[[*keys, "round"]])
+    return frame.assign(ratio=frame[column].to_numpy() / base.reindex(index).to_numpy())
+
+
+def summary(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Median and quartiles of the ratio, by setting and contender."""
+    known = pd.CategoricalDtype([*ORDER, *sorted(set(frame.contender) - set(ORDER))], ordered=True)
+    frame = relative(frame, keys).astype({"contender": known})
+    grouped = frame.groupby([*keys, "contender"], sort=True, observed=True).ratio
+    return grouped.quantile([0.25, 0.5, 0.75]).unstack().set_axis(["low", "median", "high"], axis=1).reset_index()
+
+
+def _store(name: str, frame: pd.DataFrame, out: Path, device: str, also: dict[str, Any] | None = None) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / f"speed-{name}-{device}.csv", frame.to_csv(index=False, float_format="%.6g"))
+    config = provenance("benchmarks.speed", sys.argv[1:], torch.device(device), PEERS)
+    config |= {"threads": torch.get_num_threads()} | (also or {})
+    write(out / f"speed-{name}-{device}.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _show(frame: pd.DataFrame, keys: list[str], title: str) -> None:
+    shown = summary(frame, keys)
+    table = Table(*keys, "contender", "relative to ERM", "quartiles", title=title)
+    for row in shown.itertuples(index=False):
+        table.add_row(
+            *(str(getattr(row, key)) for key in keys),
+            row.contender,
+            f"{row.median:.2f}",
+            f"{row.low:.2f}–{row.high:.2f}",
+        )
+    console.print(table)
+
+
+@app.command()
+def steps(
+    models: Models = "conv,resnet20",
+    optimizers: Optimizers = "sgd,adamw",
+    count: Annotated[int, typer.Option("--rounds", min=1)] = 11,
+    batch: int = 128,
+    device: Device = "cpu",
+    out: Out = RESULTS,
+) -> None:
+    """Time of one training step, and of one meta-gradient alone, for every contender."""
+    rows, errors = [], {}
+    for model in models.split(","):
+        for optimizer in optimizers.split(","):
+            task = task_of(model, optimizer, device, batch)
+            contenders, failed = made(dict(zip(ORDER, [*STEPS.values(), *GRADIENTS.values()], strict=True)), task)
+            errors[f"{model}, {optimizer}"] = failed
+            total = len(contenders) * count
+            measured = rounds(contenders, count, device)
+            for number, name, seconds in track(measured, f"{model}, {optimizer}", total=total, console=console):
+                rows.append((model, optimizer, name, number, seconds))
+            frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "seconds"])
+            _store("steps", frame, out, device, {"batch": batch, "errors": errors})
+    _show(frame, ["model", "optimizer"], f"Time of a step, batch {batch}, {device}")
+
+
+@app.command()
+def memory(
+    models: Models = "conv,resnet20",
+    optimizer: str = "sgd",
+    batch: int = 128,
+    device: Device = "cpu",
+    out: Out = RESULTS,
+) -> None:
+    """Peak memory of training, each contender in a process of its own."""
+    rows, errors = [], {}
+    for model in models.split(","):
+        for name in track(ORDER, model, console=console):
+            child = [sys.executable, "-m", "benchmarks.speed", "peak", model, optimizer, name]
+            done = subprocess.run(
+                [*child, "--batch", str(batch), "--device", device], capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0:
+                rows.append((model, optimizer, name, 0, int(done.stdout.split()[-1])))
+            else:
+                errors[f"{model}, {name}"] = done.stderr.strip().splitlines()[-1]
+    frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "bytes"])
+    _store("memory", frame, out, device, {"batch": batch, "errors": errors})
+    _show(frame.rename(columns={"bytes": "seconds"}), ["model"], f"Peak memory, batch {batch}, {device}")
+
+
+@app.command(hidden=True)
+def peak(model: str, optimizer: str, contender: str, batch: int = 128, device: str = "cpu") -> None:
+    """Print the bytes that two periods of a contender's steps add to the process at their peak."""
+    task = task_of(model, optimizer, device, batch)
+    kind, _, name = contender.rpartition("gradient: ")
+    factory = (GRADIENTS if kind or contender.startswith("gradient: ") else STEPS)[name]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        # The peak so far is that of importing; the first plain step on two instances pays for lazy initialisation.
+        small = task_of(model, optimizer, device, 2)
+        erm(small)()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step = factory(task)
+    for _ in range(2 * PERIOD):
+        step()
+    after = (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    print(after - before)
+
+
+def _growth_settings(device: str) -> dict[str, dict[Any, tuple[Task, Callable[[Task], Step]]]]:
+    """By what is varied and its value: the task, and what is measured on it beside ERM."""
+    mlp = partial(task_of, "mlp", "sgd", device)
+    conv = partial(task_of, "conv", "sgd", device)
+    shipped = partial(molere, every=5)
+
+    def with_classes(classes: int) -> Task:
+        task = mlp()
+        network = MLP(1600, classes, hidden=512).to(device)
+        y, yv = (torch.randint(classes, (128,), device=device) for _ in range(2))
+        return Task(network, "sgd", (task.batch[0], y), (task.validation[0], yv))
+
+    def wide(hidden: int) -> Task:
+        return Task(MLP(1600, 10, hidden=hidden).to(device), "sgd", mlp().batch, mlp().validation)
+
+    return {
+        "batch size (conv)": {size: (conv(size), shipped) for size in (16, 32, 64, 128, 256)},
+        "validation batch (conv, batch 128)": {
+            size: (task_of("conv", "sgd", device, 128, size), shipped) for size in (16, 32, 64, 128, 256)
+        },
+        "every (conv)": {every: (conv(), partial(molere, every=every)) for every in (1, 2, 5, 10, 20)},
+        "hidden units (MLP)": {hidden: (wide(hidden), shipped) for hidden in (128, 256, 512, 1024, 2048)},
+        "classes (MLP)": {classes: (with_classes(classes), shipped) for classes in (10, 100, 1000, 10_000)},
+    }
+
+
+@app.command()
+def growth(
+    count: Annotated[int, typer.Option("--rounds", min=1)] = 7, device: Device = "cpu", out: Out = RESULTS
+) -> None:
+    """How MOLERE's cost beside ERM grows with the batch, the model, the classes; and the buffer's with its capacity."""
+    rows = []
+    for varied, settings in _growth_settings(device).items():
+        for value, (task, factory) in settings.items():
+            contenders, _ = made({"ERM": erm, "MOLERE": factory}, task)
+            for number, name, seconds in rounds(contenders, count, device):
+                rows.append((varied, value, name, number, seconds))
+    for capacity in (1_000, 10_000, 100_000, 1_000_000):
+        for number, (name, seconds) in enumerate(_buffer_operations(capacity, count)):
+            rows.append(("buffer capacity", capacity, name, number % count, seconds))
+    frame = pd.DataFrame(rows, columns=["varied", "value", "contender", "round", "seconds"])
+    _store("growth", frame, out, device)
+    _show(frame[frame.varied != "buffer capacity"], ["varied", "value"], f"Growth of a step's time, {device}")
+    buffer = frame[frame.varied == "buffer capacity"].groupby(["contender", "value"]).seconds.median() * 1e6
+    console.print(
+        buffer.unstack().round(1).to_string(), "\nmicroseconds for 13 instances inserted, 128 drawn, 13 released"
+    )
+
+
+def _buffer_operations(capacity: int, count: int) -> Iterator[tuple[str, float]]:
+    """Seconds of inserting 13 instances into a full buffer, drawing 128 and releasing 13, ``count`` times each."""
+    from torch_molere.buffer import ValidationBuffer
+
+    buffer = ValidationBuffer(capacity, 2**34)
+    for start in range(0, capacity, 1000):
+        rows = range(start, start + 1000)
+        batch = {"x": torch.zeros(1000, 4), "y": torch.arange(1000) % 10}
+        buffer.observe([row % 10 for row in rows])
+        buffer.insert(batch, range(1000), [row % 10 for row in rows], rows)
+    batch = {"x": torch.zeros(13, 4), "y": torch.arange(13) % 10}
+    seconds: dict[str, list[float]] = {"insert": [], "draw": [], "release": []}
+    for number in range(20 * count):
+        first = capacity + 13 * number
+        start_time = time.perf_counter()
+        buffer.insert(batch, range(13), [i % 10 for i in range(13)], range(first, first + 13))
+        inserted = time.perf_counter()
+        _, slots = buffer.draw(128)
+        drawn = time.perf_counter()
+        buffer.release(slots[:13])
+        released = time.perf_counter()
+        for name, spent in zip(seconds, (inserted - start_time, drawn - inserted, released - drawn), strict=True):
+            seconds[name].append(spent)
+    for name, values in seconds.items():
+        for part in range(count):
+            yield name, sorted(values[part::count])[len(values) // count // 2]
+
+
+@app.command()
+def error(
+    models: Models = "conv",
+    optimizers: Optimizers = "sgd,adamw",
+    seeds: int = 3,
+    training_steps: int = 400,
+    data: Annotated[str, typer.Option(help="As in benchmarks.compare.")] = "digits",
+    device: Device = "cpu",
+    out: Out = RESULTS,
+) -> None:
+    """Each engine's meta-gradient in float32 against forward mode in float64, along a real training run.
+
+    In float64 forward mode equals ``unrolled`` to 1e-10 (a test), also for optimizers that ``higher`` does not have.
+    """
+    from benchmarks.datasets import DataOptions, load
+
+    task_data = load(DataOptions(data=data)).to(torch.device(device))
+    rows = []
+    for model in models.split(","):
+        for optimizer in optimizers.split(","):
+            for seed in range(seeds):
+                torch.manual_seed(seed)
+                network = build(model, task_data.image_shape, len(task_data.classes)).to(device)
+                settings = Task(network, optimizer, *2 * [(torch.empty(0), torch.empty(0))])
+                rows += [
+                    (model, optimizer, seed, *row) for row in _errors(settings, task_data.train, training_steps, seed)
+                ]
+    columns = ["model", "optimizer", "seed", "step", "engine", "cosine", "relative_error"]
+    frame = pd.DataFrame(rows, columns=columns)
+    _store("error", frame, out, device, {"data": data, "seeds": seeds})
+    console.print(
+        frame.groupby(["model", "optimizer", "step", "engine"])[["cosine", "relative_error"]].mean().to_string()
+    )
+
+
+def _errors(task: Task, train: Any, total: int, seed: int) -> Iterator[tuple[int, str, float, float]]:
+    model, optimizer = task.start()
+    batches: list[Any] = []
+    for step in range(total + 1):
+        if len(batches) < 2:
+            batches = list(train.batches(range(len(train)), 128, seed=seed * 1000 + step, augment=False))
+        batch = batches.pop()[:2]
+        if step in (0, total // 20, total // 4, total):
+            weights = torch.rand(len(batch[1]), device=batch[1].device) + 0.5
+            setting = (batch, batches[0][:2], weights)
+            exact = _gradient(model, optimizer, setting, "forward", torch.float64)
+            for engine in ("finite", "forward"):
+                found = _gradient(model, optimizer, setting, engine, torch.float32).double()
+                cosine = F.cosine_similarity(found, exact, dim=0).item()
+                yield step, engine, cosine, ((found - exact).norm() / exact.norm()).item()
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+
+def _gradient(
+    model: nn.Module, optimizer: torch.optim.Optimizer, setting: Any, engine: Any, dtype: torch.dtype
+) -> torch.Tensor:
+    """The meta-gradient of a copy of model and optimizer in another precision."""
+    model, optimizer = copy.deepcopy((model, optimizer))
+    model.to(dtype)
+    optimizer.load_state_dict(optimizer.state_dict())  # which casts the state to the parameters' precision
+    (x, y), (xv, yv), weights = setting
+    return hypergradient(model, optimizer, (x.to(dtype), y), (xv.to(dtype), yv), weights.to(dtype), engine=engine)
+
+
+if __name__ == "__main__":
+    app()

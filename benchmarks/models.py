@@ -31,7 +31,7 @@ class ConvNet(nn.Sequential):
     """Six 3×3 convolutions with batch norm, a pool after every second, then a global average: ``(B, C, H, W)``,
     H and W at least 4, ``-> (B, num_classes)``."""
 
-    def __init__(self, channels: int, num_classes: int, width: int = 32) -> None:
+    def __init__(self, channels: int, num_classes: int, width: int = 16) -> None:
         layers: list[nn.Module] = []
         for stage in range(3):
             wide = width * 2**stage

@@ -10,6 +10,7 @@ import pandas as pd
 
 from benchmarks import results
 from benchmarks.speed import ORDER, summary
+from benchmarks.speed_figures import draw_growth
 
 STORED = Path("benchmarks/results")
 COMPARISONS = {
@@ -71,8 +72,36 @@ def speed(stored: Path) -> str:
         f"{_machine(config)}; torch {config['versions']['torch']}, "
         f"betty-ml {config['versions']['betty-ml']}, torchopt {config['versions']['torchopt']}, "
         f"higher {config['versions']['higher']}. The lines “gradient” are one meta-gradient alone, in the same unit. "
-        "Memory is what training adds to the process at its peak, relative to plain training.\n\n"
-        f"{table}\n`{config['command']}`\n"
+        "Memory is the peak of the whole process, each contender in one of its own.\n\n"
+        f"{table}\n`{config['command']}`\n{_growth(stored)}{_error(stored)}"
+    )
+
+
+def _growth(stored: Path) -> str:
+    if not (stored / "speed-growth-cpu.csv").exists():
+        return ""
+    config = json.loads((stored / "speed-growth-cpu.json").read_text(encoding="utf-8"))
+    picture = "benchmarks/results/speed-growth-cpu.png"
+    return f"\n![Cost as batch, model, classes and buffer grow]({picture})\n\n`{config['command']}`\n"
+
+
+def _error(stored: Path) -> str:
+    """How far each engine's meta-gradient is from the exact one, along training."""
+    path = stored / "speed-error-cpu.csv"
+    if not path.exists():
+        return ""
+    config = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    frame = pd.read_csv(path)
+    grouped = frame.groupby(["model", "optimizer", "step", "engine"], sort=False)[["cosine", "relative_error"]]
+    rows = [
+        f"| {MODELS[model]}, {name.upper()} | {step} | {engine} | {part.cosine:.6f} | {part.relative_error:.1e} |\n"
+        for (model, name, step, engine), part in grouped.median().iterrows()
+    ]
+    return (
+        "\nThe error of a float32 meta-gradient against forward mode in float64 (which equals `unrolled` to 1e-10), "
+        f"along training on {config['data']}, medians over {config['seeds']} seeds:\n\n"
+        "| | step | engine | cosine | relative error |\n| --- | ---: | --- | ---: | ---: |\n"
+        f"{''.join(rows)}\n`{config['command']}`\n"
     )
 
 
@@ -82,8 +111,8 @@ def _memory(path: Path) -> dict[str, dict[str, str]]:
     frame = pd.read_csv(path)
     found: dict[str, dict[str, str]] = {}
     for model, part in frame.groupby("model", sort=False):
-        base = part.loc[part.contender == "ERM", "bytes"].iloc[0]
-        found[str(model)] = {row.contender: f"{row.bytes / base:.2f}" for row in part.itertuples()}
+        base = part.loc[part.contender == "ERM", "whole"].iloc[0]
+        found[str(model)] = {row.contender: f"{row.whole / base:.2f}" for row in part.itertuples()}
     return found
 
 
@@ -98,7 +127,13 @@ def _machine(config: dict[str, dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """Rewrite README.md."""
+    """Rewrite README.md, and draw the growth plots."""
+    growth = STORED / "speed-growth-cpu.csv"
+    if growth.exists():
+        frame = pd.read_csv(growth)
+        draw_growth(
+            frame, summary(frame[frame.varied != "buffer capacity"], ["varied", "value"]), growth.with_suffix(".png")
+        )
     readme = Path("README.md")
     readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -191,20 +191,22 @@ def memory(
                 [*child, "--batch", str(batch), "--device", device], capture_output=True, text=True, check=False
             )
             if done.returncode == 0:
-                rows.append((model, optimizer, name, 0, int(done.stdout.split()[-1])))
+                added, whole = map(int, done.stdout.split()[-2:])
+                rows.append((model, optimizer, name, 0, added, whole))
             else:
                 errors[f"{model}, {name}"] = done.stderr.strip().splitlines()[-1]
-    frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "bytes"])
+    frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "added", "whole"])
     _store("memory", frame, out, device, {"batch": batch, "errors": errors})
-    _show(frame.rename(columns={"bytes": "seconds"}), ["model"], f"Peak memory, batch {batch}, {device}")
+    for column, title in (("added", "Memory added by training at its peak"), ("whole", "Peak of the whole process")):
+        _show(frame.rename(columns={column: "seconds"}), ["model"], f"{title}, batch {batch}, {device}")
 
 
 @app.command(hidden=True)
 def peak(model: str, optimizer: str, contender: str, batch: int = 128, device: str = "cpu") -> None:
-    """Print the bytes that two periods of a contender's steps add to the process at their peak."""
+    """Print the bytes that two periods of a contender's steps add at their peak, and the whole process's peak."""
     task = task_of(model, optimizer, device, batch)
-    kind, _, name = contender.rpartition("gradient: ")
-    factory = (GRADIENTS if kind or contender.startswith("gradient: ") else STEPS)[name]
+    name = contender.removeprefix("gradient: ")
+    factory = (STEPS if name == contender else GRADIENTS)[name]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -212,16 +214,16 @@ def peak(model: str, optimizer: str, contender: str, batch: int = 128, device: s
         # The peak so far is that of importing; the first plain step on two instances pays for lazy initialisation.
         small = task_of(model, optimizer, device, 2)
         erm(small)()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = _process_peak()
     step = factory(task)
     for _ in range(2 * PERIOD):
         step()
-    after = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    print(after - before)
+    after = torch.cuda.max_memory_allocated() if device == "cuda" else _process_peak()
+    print(after - before, after)
+
+
+def _process_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _growth_settings(device: str) -> dict[str, dict[Any, tuple[Task, Callable[[Task], Step]]]]:

@@ -186,6 +186,45 @@ def test_many_offending_rows_are_counted():
         reweighter.step(batch(30))
 
 
+@pytest.mark.parametrize("order", ["after", "before"])
+@pytest.mark.parametrize("engine", ["auto", "forward", "finite", "unrolled"])
+@pytest.mark.parametrize("where", ["forward", "weighting", "splitter", "backward", "validation"])
+def test_a_failure_anywhere_leaves_model_and_networks_as_they_were(order, engine, where):
+    """Out of memory in the middle of a step; the next step works."""
+    reweighter = make(order=order, hypergradient=engine)
+    for seed in range(3):
+        reweighter.step(batch(seed=seed))
+    model, optimizer = reweighter.model, reweighter.optimizer
+    networks = (model, reweighter.weighting, reweighter.splitter)
+    optimizers = (optimizer, reweighter.weighting_optimizer, reweighter.holdout.optimizer)
+    before = copy.deepcopy([thing.state_dict() for thing in (*networks, *optimizers)])
+    random = torch.get_rng_state()
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if where != "validation" or len(calls) == 2:  # the first call of the model is the training forward
+            raise torch.OutOfMemoryError("out of memory")
+
+    failing = {
+        "forward": lambda: model[-1].register_forward_hook(fail),
+        "validation": lambda: model[-1].register_forward_hook(fail),
+        "weighting": lambda: reweighter.weighting.register_forward_hook(fail),
+        "splitter": lambda: reweighter.splitter.register_forward_hook(fail),
+        "backward": lambda: model[0].register_full_backward_hook(fail),
+    }[where]()
+    if where == "validation" and engine == "unrolled":
+        failing.remove()  # higher calls a copy of the model, without its hooks
+        return
+    with pytest.raises(torch.OutOfMemoryError):
+        reweighter.step(batch(seed=3))
+    failing.remove()
+    assert_same([thing.state_dict() for thing in (*networks, *optimizers)], before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert reweighter.steps == 3
+    assert reweighter.step(batch(seed=3)).val_loss is not None
+
+
 def test_a_nonfinite_validation_loss_skips_the_meta_update(caplog):
     x, y = batch()
     reweighter = make(validation=[(x * torch.nan, y)])

@@ -96,18 +96,6 @@ class _Weighted:
     scale: Tensor | float = 1.0  # d(what backward was called on) / d(this loss)
 
 
-@dataclass(frozen=True)
-class _LookAhead:
-    """The optimizer's next update, and the validation batch that it will be judged by."""
-
-    before: dict[str, Tensor]  # θ by name
-    update: Update
-    validation: tuple[Arguments, Any]
-    slots: list[int]  # of the buffer
-    seed: int  # of the random numbers in the validation forward
-    derivatives: list[Tensor] | None  # ∂ L_val(θ⁺) / ∂ w̄, where the engine takes them before the update
-
-
 class MetaReweighter:
     """Learned reweighting of training instances by MOLERE (CVPR 2024) or against a fixed validation set.
 
@@ -247,7 +235,6 @@ class MetaReweighter:
         self._observing = True
         self._call: _Call | None = None
         self._weighted: list[_Weighted] = []  # that the gradients of the next update come from
-        self._lookahead: _LookAhead | None = None
         self._said: set[str] = set()
         hooks = [
             model.register_forward_pre_hook(_Recorder(self), with_kwargs=True),
@@ -280,18 +267,22 @@ class MetaReweighter:
                 + (f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else type(batch).__name__)
             )
         positional, named = arguments_of(batch[0])
-        self._call = None
+        call, steps = None, self.steps
         try:
             with torch.enable_grad():
-                loss = self.loss(self.model(*positional, **named), *batch[1:])
+                self._call = None
+                outputs = self.model(*positional, **named)
+                call = self._call
+                loss = self.loss(outputs, *batch[1:])
                 self.optimizer.zero_grad()
                 loss.backward()
+            self.optimizer.step()
         except BaseException:
             self._weighted = []
-            if self._call is not None:
-                self._undo(self._call)
+            call = call or self._call
+            if call is not None and self.steps == steps:
+                self._undo(call)
             raise
-        self.optimizer.step()
         assert self.result is not None
         return self.result
 
@@ -405,7 +396,7 @@ class MetaReweighter:
         self.history.load_state_dict(state["history"], device_of(self.model))
         self.seed, self.steps, self._draws = state["seed"], state["steps"], state["draws"]
         self._directional_derivative.load_state_dict(state["engine"])
-        self._weighted, self._lookahead, self._call = [], None, None
+        self._weighted, self._call = [], None
 
     def close(self) -> None:
         """Take the hooks off model and optimizer; both are then as if they had never been wrapped.
@@ -413,7 +404,7 @@ class MetaReweighter:
         A reweighter that nothing refers to any more does so by itself.
         """
         self._detach()
-        self._weighted, self._lookahead, self._call = [], None, None
+        self._weighted, self._call = [], None
 
     def __enter__(self) -> MetaReweighter:
         return self
@@ -468,7 +459,7 @@ class MetaReweighter:
                 losses.detach(),
             )
             if self.order == "before":
-                val_loss = self._look_ahead_first(losses, weighted)
+                val_loss = self._meta_update([weighted], self._virtual_gradients(losses, weighted))
                 weights = self._weights(samples, training, graph=False)
         weights = weights.detach().to(losses.dtype)
         loss = (weights * losses).sum() / (size - len(chosen))
@@ -525,37 +516,26 @@ class MetaReweighter:
         self._weighted.append(weighted)
 
     def _before_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """The "after" order: the step about to be taken is the look-ahead. If this fails nothing has changed."""
         closure = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]
         if closure:
             raise TypeError("optimizer.step(closure) evaluates the loss itself; call step() without a closure")
-        self._lookahead = None
-        if self._weighted:
+        weighted, self._weighted = self._weighted, []
+        if weighted and self.result is not None:
             gradients = [p.grad for p in trained_parameters(self.model, optimizer).values()]
-            self._lookahead = self._look_ahead(self._weighted, gradients)
+            self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
 
     def _after_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """The "after" order: the step just taken is the look-ahead."""
-        weighted, self._weighted = self._weighted, []
-        lookahead, self._lookahead = self._lookahead, None
-        try:
-            if lookahead is not None and self.result is not None:
-                val_loss = self._meta_update(weighted, lookahead, trained_parameters(self.model, optimizer))
-                self.result = replace(self.result, val_loss=val_loss)
-        finally:
-            self.steps += 1
+        self.steps += 1
 
-    def _look_ahead_first(self, losses: Tensor, weighted: _Weighted) -> Tensor | None:
-        """The "before" order: a virtual step with the present φ is the look-ahead."""
+    def _virtual_gradients(self, losses: Tensor, weighted: _Weighted) -> Sequence[Tensor | None]:
+        """The "before" order: the gradients of a step with the present φ, which will not be taken."""
         loss = (weighted.weights.detach().to(losses.dtype) * losses).sum() / weighted.count
         parameters = trained_parameters(self.model, self.optimizer)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
-        lookahead = self._look_ahead([weighted], gradients)
-        if lookahead is None:
-            return None
-        after = dict(zip(parameters, lookahead.update.parameters, strict=True))
-        return self._meta_update([weighted], lookahead, after)
+        return torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
 
-    def _look_ahead(self, weighted: list[_Weighted], gradients: Sequence[Tensor | None]) -> _LookAhead | None:
+    def _meta_update(self, weighted: list[_Weighted], gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """One step of φ and Θ against L_val(θ⁺), which it returns; None where there is nothing to validate on."""
         drawn = self._draw_validation(weighted[0].samples.losses.shape[0])
         if drawn is None:
             self._say(
@@ -565,20 +545,29 @@ class MetaReweighter:
                 "raise warmup_steps, use larger batches or pass validation=",
             )
             return None
-        validation, slots = drawn
-        parameters = trained_parameters(self.model, self.optimizer)
-        update = Update(self.optimizer, list(parameters.values()), gradients)
-        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        batch, slots = drawn
         seed = self._next_seed()
-        derivatives = None
-        if self._hypergradient == "unrolled":
-            if len(weighted) > 1:
-                raise RuntimeError(
-                    f"hypergradient='unrolled' takes one loss for each optimizer step, got {len(weighted)}; "
-                    "use 'forward' or 'finite' to accumulate gradients"
-                )
-            derivatives = [self._unrolled(weighted[0], validation, seed)]
-        return _LookAhead(before, update, validation, slots, seed, derivatives)
+        with self._unobserved():
+            parameters = {n: p.detach() for n, p in trained_parameters(self.model, self.optimizer).items()}
+            held = list(trained_parameters(self.model, self.optimizer).values())
+            update = Update(self.optimizer, held, gradients)
+            after = dict(zip(parameters, update.parameters, strict=True))
+            buffers = buffer_copies(self.model)
+            validation = validation_gradient(self.model, self.loss_fn, batch, after, buffers, seed)
+            if self._hypergradient == "unrolled":
+                derivatives = [self._unrolled(weighted, batch, seed)]
+            else:
+                u = dict(zip(parameters, update.transpose(validation.gradients), strict=True))
+                derivatives = [
+                    self._directional_derivative(w.forward, parameters, u, w.losses) / w.count * w.scale
+                    for w in weighted
+                ]
+        val_loss = validation.losses.mean()
+        if bool(torch.isfinite(torch.stack([val_loss, *(d.sum() for d in derivatives)])).all()):
+            self._learn(weighted, derivatives, validation, batch, slots)
+        else:
+            self._say("nonfinite", "skipped a meta-update: the validation loss or its gradient is not finite")
+        return val_loss
 
     def _draw_validation(self, batch_size: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
         if self.validation is not None:
@@ -586,51 +575,38 @@ class MetaReweighter:
         assert self.holdout is not None
         return self.holdout.draw(self.val_batch_size or batch_size)
 
-    def _meta_update(self, weighted: list[_Weighted], lookahead: _LookAhead, after: dict[str, Tensor]) -> Tensor:
-        """One step of φ and Θ against L_val(θ⁺), which it returns."""
-        with self._unobserved():
-            validation = validation_gradient(
-                self.model, self.loss_fn, lookahead.validation, after, buffer_copies(self.model), lookahead.seed
+    def _unrolled(self, weighted: list[_Weighted], validation: tuple[Arguments, Any], seed: int) -> Tensor:
+        if len(weighted) > 1:
+            raise RuntimeError(
+                f"hypergradient='unrolled' takes one loss for each optimizer step, got {len(weighted)}; "
+                "use 'forward' or 'finite' to accumulate gradients"
             )
-            derivatives = lookahead.derivatives
-            if derivatives is None:
-                u = dict(zip(after, lookahead.update.transpose(validation.gradients), strict=True))
-                derivatives = [
-                    self._directional_derivative(w.forward, lookahead.before, u, w.losses) / w.count * w.scale
-                    for w in weighted
-                ]
-            val_loss = validation.losses.mean()
-            if bool(torch.isfinite(torch.stack([val_loss, *(d.sum() for d in derivatives)])).all()):
-                self._learn(weighted, derivatives, validation, lookahead)
-            else:
-                self._say("nonfinite", "skipped a meta-update: the validation loss or its gradient is not finite")
-        return val_loss
-
-    def _unrolled(self, weighted: _Weighted, validation: tuple[Arguments, Any], seed: int) -> Tensor:
         # higher's loss is a mean over all B instances, ours over the n of the training side.
-        ratio = weighted.samples.losses.shape[0] / weighted.count
-        weights = ratio * weighted.weights.detach()
-        with self._unobserved():
-            return ratio * unrolled(weighted.forward, self.optimizer, validation, weights, seed=seed)
+        ratio = weighted[0].samples.losses.shape[0] / weighted[0].count
+        weights = ratio * weighted[0].weights.detach()
+        return ratio * unrolled(weighted[0].forward, self.optimizer, validation, weights, seed=seed)
 
     def _learn(
         self,
         weighted: list[_Weighted],
         derivatives: list[Tensor],
         validation: ValidationGradient,
-        lookahead: _LookAhead,
+        batch: tuple[Arguments, Any],
+        slots: list[int],
     ) -> None:
+        """A step of φ and a step of Θ; all gradients are taken before anything moves."""
         if self.weighting_optimizer is not None:
             self.weighting_optimizer.zero_grad()
             for w, derivative in zip(weighted, derivatives, strict=True):
                 w.weights.backward(gradient=derivative.to(w.weights.dtype))
-            self.weighting_optimizer.step()
-            self.weighting_optimizer.zero_grad()
         if self.holdout is not None:
-            arguments, targets = lookahead.validation
+            arguments, targets = batch
             held = self._samples(arguments, validation.outputs, targets, validation.losses)
             with self._aside(validation.losses.device):
-                self.holdout.learn(held, weighted[0].samples, lookahead.slots)
+                self.holdout.learn(held, weighted[0].samples, slots)
+        if self.weighting_optimizer is not None:
+            self.weighting_optimizer.step()
+            self.weighting_optimizer.zero_grad()
 
     @contextmanager
     def _unobserved(self) -> Iterator[None]:

@@ -43,7 +43,7 @@ class Update:
         for gradient in gradients:
             if gradient is not None and gradient.is_sparse:
                 raise TypeError("sparse gradients cannot be differentiated through; use sparse=False in the embedding")
-        self._gradients = [None if g is None else g.detach().clone().requires_grad_() for g in gradients]
+        self._gradients = [None if g is None else g.detach().requires_grad_() for g in gradients]
         copies = [parameter.detach().clone() for parameter in parameters]
         copy_of = dict(zip(parameters, copies, strict=True))
         for copy, gradient in zip(copies, self._gradients, strict=True):

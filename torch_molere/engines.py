@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_molere.distributed import anywhere, gathered
 from torch_molere.hypergradients import Engine, TrainingForward, finite_difference, forward_mode
 
 logger = logging.getLogger("torch_molere")
@@ -60,7 +61,7 @@ class DirectionalDerivative:
             with torch.no_grad():
                 repeated = forward.losses(parameters)
             distance = (repeated - losses).abs() / (1.0 + repeated.abs())
-            self.repeatable = bool((distance <= REPLAY_TOLERANCE).all())
+            self.repeatable = not anywhere(bool((distance > REPLAY_TOLERANCE).any()), losses.device)
         return finite_difference(forward, parameters, direction, losses if self.repeatable else None)
 
     def _choose(
@@ -76,7 +77,8 @@ class DirectionalDerivative:
             approximate = self._finite(forward, parameters, direction, losses)
             self._take("finite", f"forward mode is not available: {str(error).splitlines()[0]}")
             return approximate
-        norm = torch.linalg.vector_norm(exact)
+        everyone, _ = gathered(exact)  # every process must choose alike
+        norm = torch.linalg.vector_norm(everyone)
         if not bool(torch.isfinite(norm) & (norm > 0)):
             return exact  # nothing to compare; the next meta-update decides
         try:
@@ -84,7 +86,7 @@ class DirectionalDerivative:
         except TypeError as error:
             self._take("forward", str(error).splitlines()[0])
             return exact
-        distance = float(torch.linalg.vector_norm(approximate - exact) / norm)
+        distance = float(torch.linalg.vector_norm(gathered(approximate)[0] - everyone) / norm)
         agree = distance <= AGREEMENT
         self._take("finite" if agree else "forward", f"a finite difference is within {distance:.2g} of forward mode")
         return exact

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_molere.buffer import Quota, ValidationBuffer
+from torch_molere.distributed import sum_gradients
 from torch_molere.evaluation import Arguments
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
@@ -99,6 +100,7 @@ class HoldOut:
         if self.optimizer is not None and bool(torch.isfinite(loss.detach())):
             self.optimizer.zero_grad()
             loss.backward()
+            sum_gradients(self.splitter)
             self.optimizer.step()
             self.optimizer.zero_grad()
         easy = ((p_validation >= 0.5) & validation.correct).tolist()

@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torch_molere.buffer import ValidationBuffer
+from torch_molere.distributed import anywhere, averaged, broadcast, gathered, processes, sum_gradients
 from torch_molere.engines import DirectionalDerivative
 from torch_molere.evaluation import (
     Arguments,
@@ -84,14 +86,27 @@ class _Call:
     buffers: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Normalised weights of a batch, which processes that train together have in parts."""
+
+    everyone: Tensor  # w̄ of all processes, of which the own ones have a graph to φ
+    own: slice  # this process's
+    count: int  # n, the size of the training side, of all processes
+
+    @property
+    def share(self) -> float:
+        """What a process divides its sum by, so that the processes' mean is the mean of the batch."""
+        return self.count / processes()
+
+
 @dataclass
 class _Weighted:
     """A weighted training loss handed out, between ``loss`` and the optimizer's step."""
 
     forward: TrainingForward
     samples: Samples
-    weights: Tensor  # w̄, (B,), with its graph to φ
-    count: int  # n, the training side's size
+    weights: _Weights
     losses: Tensor  # ℓ(θ), (B,), detached
     scale: Tensor | float = 1.0  # d(what backward was called on) / d(this loss)
 
@@ -192,6 +207,7 @@ class MetaReweighter:
             check_unrollable(optimizer)
 
         self.model = model
+        self._network = _unwrapped(model)
         self.optimizer = optimizer
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
         self.correct_fn = correct_fn
@@ -232,6 +248,7 @@ class MetaReweighter:
         self._hypergradient = hypergradient
         self._directional_derivative = DirectionalDerivative(hypergradient)
         self._draws = 0  # how many random states were taken from the seed
+        self._alike = False  # whether φ and Θ are known to be the same in every process
         self._observing = True
         self._call: _Call | None = None
         self._weighted: list[_Weighted] = []  # that the gradients of the next update come from
@@ -422,12 +439,14 @@ class MetaReweighter:
 
     def _record_call(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._observing and torch.is_grad_enabled():
-            self._call = _Call((positional, named), RandomState.now(device_of(self.model)), buffer_copies(self.model))
+            self._call = _Call(
+                (positional, named), RandomState.now(device_of(self._network)), buffer_copies(self._network)
+            )
 
     def _undo(self, call: _Call) -> None:
         """Take back what a call of the model changed."""
         with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
+            for name, buffer in self._network.named_buffers():
                 buffer.copy_(call.buffers[name])
         call.random_state.restore()
 
@@ -435,6 +454,7 @@ class MetaReweighter:
         size = losses.shape[0]
         if size == 0:
             raise ValueError("batch must have at least one instance, got none")
+        self._make_alike()
         _check_finite(losses.detach())
         samples = self._samples(call.arguments, outputs, targets, losses.detach(), _checked_indices(indices, losses))
         meta = not self.warming_up and (self.steps - self.warmup_steps) % self.every == 0
@@ -451,23 +471,28 @@ class MetaReweighter:
         weighted: _Weighted | None = None
         val_loss: Tensor | None = None
         if meta:
-            weighted = _Weighted(
-                TrainingForward(self.model, self.loss_fn, call.arguments, targets, call.random_state, call.buffers),
-                samples,
-                weights,
-                size - len(chosen),
-                losses.detach(),
+            forward = TrainingForward(
+                self._network, self.loss_fn, call.arguments, targets, call.random_state, call.buffers
             )
+            weighted = _Weighted(forward, samples, weights, losses.detach())
             if self.order == "before":
-                val_loss = self._meta_update([weighted], self._virtual_gradients(losses, weighted))
+                val_loss = self._meta_update([weighted], self._virtual_gradients(losses, weights))
                 weights = self._weights(samples, training, graph=False)
-        weights = weights.detach().to(losses.dtype)
-        loss = (weights * losses).sum() / (size - len(chosen))
+        loss = _weighted_mean(losses, weights)
         if weighted is not None and self.order == "after":
             loss.register_hook(partial(self._backward_through, weighted))
-        self.history.record(samples, weights, val_mask, self.warming_up)
-        self.result = StepResult(loss.detach(), detached(outputs), weights, val_mask, val_loss)
+        own = weights.everyone[weights.own].detach().to(losses.dtype)
+        self.history.record(samples, own, val_mask, self.warming_up)
+        self.result = StepResult(loss.detach(), detached(outputs), own, val_mask, val_loss)
         return loss
+
+    def _make_alike(self) -> None:
+        """Every process starts from the first one's φ and Θ."""
+        if not self._alike:
+            broadcast(self.weighting)
+            if self.holdout is not None:
+                broadcast(self.holdout.splitter)
+            self._alike = True
 
     def _samples(
         self, arguments: Arguments, outputs: Any, targets: Any, losses: Tensor, indices: Tensor | None = None
@@ -482,11 +507,11 @@ class MetaReweighter:
                 raise ValueError(f"correct_fn must return ({losses.shape[0]},) bool, got {found}")
         return Samples(arguments, targets, outputs, losses, correct, indices)
 
-    def _weights(self, samples: Samples, training: Tensor | None, graph: bool) -> Tensor:
-        """w̄, ``(B,)``, with its graph to φ if asked for; exactly one each during warm-up."""
+    def _weights(self, samples: Samples, training: Tensor | None, graph: bool) -> _Weights:
+        """w̄, with its graph to φ if asked for; exactly one each during warm-up."""
         size = samples.losses.shape[0]
         if self.warming_up:
-            return normalised(torch.ones_like(samples.losses), training)
+            return _shared(torch.ones_like(samples.losses), training)
         with torch.set_grad_enabled(graph), self._aside(samples.losses.device):
             weights = self.weighting(samples)
             if not isinstance(weights, Tensor) or weights.shape != (size,):
@@ -494,7 +519,7 @@ class MetaReweighter:
                 raise ValueError(f"weighting must return ({size},) weights, got {found}")
             if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
                 raise ValueError("weighting must return finite weights ≥ 0, got negative, NaN or infinite ones")
-            return normalised(weights, training)
+            return _shared(weights, training)
 
     @contextmanager
     def _aside(self, device: torch.device) -> Iterator[None]:
@@ -510,7 +535,7 @@ class MetaReweighter:
 
     def _backward_through(self, weighted: _Weighted, gradient: Tensor) -> None:
         """Hook of a loss: it is part of the next update from now on, and alone so where there are no gradients yet."""
-        if all(p.grad is None for p in trained_parameters(self.model, self.optimizer).values()):
+        if all(p.grad is None for p in trained_parameters(self._network, self.optimizer).values()):
             self._weighted = []  # of an update that was skipped
         weighted.scale = gradient.detach()
         self._weighted.append(weighted)
@@ -522,22 +547,23 @@ class MetaReweighter:
             raise TypeError("optimizer.step(closure) evaluates the loss itself; call step() without a closure")
         weighted, self._weighted = self._weighted, []
         if weighted and self.result is not None:
-            gradients = [p.grad for p in trained_parameters(self.model, optimizer).values()]
+            gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
             self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
 
     def _after_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.steps += 1
 
-    def _virtual_gradients(self, losses: Tensor, weighted: _Weighted) -> Sequence[Tensor | None]:
+    def _virtual_gradients(self, losses: Tensor, weights: _Weights) -> Sequence[Tensor | None]:
         """The "before" order: the gradients of a step with the present φ, which will not be taken."""
-        loss = (weighted.weights.detach().to(losses.dtype) * losses).sum() / weighted.count
-        parameters = trained_parameters(self.model, self.optimizer)
-        return torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        parameters = trained_parameters(self._network, self.optimizer)
+        loss = _weighted_mean(losses, weights)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        return averaged(gradients, 1.0 / processes())
 
     def _meta_update(self, weighted: list[_Weighted], gradients: Sequence[Tensor | None]) -> Tensor | None:
         """One step of φ and Θ against L_val(θ⁺), which it returns; None where there is nothing to validate on."""
         drawn = self._draw_validation(weighted[0].samples.losses.shape[0])
-        if drawn is None:
+        if anywhere(drawn is None, device_of(self._network)) or drawn is None:
             self._say(
                 "empty",
                 "no meta-update: the validation buffer holds fewer than two instances so far. It fills at val_fraction "
@@ -548,21 +574,24 @@ class MetaReweighter:
         batch, slots = drawn
         seed = self._next_seed()
         with self._unobserved():
-            parameters = {n: p.detach() for n, p in trained_parameters(self.model, self.optimizer).items()}
-            held = list(trained_parameters(self.model, self.optimizer).values())
-            update = Update(self.optimizer, held, gradients)
+            held = trained_parameters(self._network, self.optimizer)
+            parameters = {name: parameter.detach() for name, parameter in held.items()}
+            update = Update(self.optimizer, list(held.values()), gradients)
             after = dict(zip(parameters, update.parameters, strict=True))
-            buffers = buffer_copies(self.model)
-            validation = validation_gradient(self.model, self.loss_fn, batch, after, buffers, seed)
+            buffers = buffer_copies(self._network)
+            validation = validation_gradient(self._network, self.loss_fn, batch, after, buffers, seed)
+            val_losses, _ = gathered(validation.losses)
+            cotangents = averaged(validation.gradients, len(validation.losses) / len(val_losses))
             if self._hypergradient == "unrolled":
                 derivatives = [self._unrolled(weighted, batch, seed)]
             else:
-                u = dict(zip(parameters, update.transpose(validation.gradients), strict=True))
+                u = dict(zip(parameters, update.transpose(cotangents), strict=True))
                 derivatives = [
-                    self._directional_derivative(w.forward, parameters, u, w.losses) / w.count * w.scale
+                    self._directional_derivative(w.forward, parameters, u, w.losses) / w.weights.count * w.scale
                     for w in weighted
                 ]
-        val_loss = validation.losses.mean()
+            derivatives = [gathered(derivative)[0] for derivative in derivatives]
+        val_loss = val_losses.mean()
         if bool(torch.isfinite(torch.stack([val_loss, *(d.sum() for d in derivatives)])).all()):
             self._learn(weighted, derivatives, validation, batch, slots)
         else:
@@ -581,10 +610,13 @@ class MetaReweighter:
                 f"hypergradient='unrolled' takes one loss for each optimizer step, got {len(weighted)}; "
                 "use 'forward' or 'finite' to accumulate gradients"
             )
+        if processes() > 1:
+            raise RuntimeError("hypergradient='unrolled' knows one process; use 'forward' or 'finite'")
         # higher's loss is a mean over all B instances, ours over the n of the training side.
-        ratio = weighted[0].samples.losses.shape[0] / weighted[0].count
-        weights = ratio * weighted[0].weights.detach()
-        return ratio * unrolled(weighted[0].forward, self.optimizer, validation, weights, seed=seed)
+        weights = weighted[0].weights
+        ratio = len(weights.everyone) / weights.count
+        raw = ratio * weights.everyone.detach()
+        return ratio * unrolled(weighted[0].forward, self.optimizer, validation, raw, seed=seed)
 
     def _learn(
         self,
@@ -598,7 +630,8 @@ class MetaReweighter:
         if self.weighting_optimizer is not None:
             self.weighting_optimizer.zero_grad()
             for w, derivative in zip(weighted, derivatives, strict=True):
-                w.weights.backward(gradient=derivative.to(w.weights.dtype))
+                w.weights.everyone.backward(gradient=derivative.to(w.weights.everyone.dtype))
+            sum_gradients(self.weighting)
         if self.holdout is not None:
             arguments, targets = batch
             held = self._samples(arguments, validation.outputs, targets, validation.losses)
@@ -621,6 +654,28 @@ class MetaReweighter:
         if topic not in self._said:
             self._said.add(topic)
             logger.warning(message)
+
+
+def _shared(weights: Tensor, training: Tensor | None) -> _Weights:
+    """Normalise over the training sides of all processes."""
+    if processes() == 1:
+        count = len(weights) if training is None else int(training.sum())
+        return _Weights(normalised(weights, training), slice(0, len(weights)), count)
+    mask = torch.ones_like(weights) if training is None else training.to(weights.dtype)
+    both, own = gathered(torch.stack([weights, mask], dim=1))
+    return _Weights(normalised(both[:, 0], both[:, 1].bool()), own, int(both[:, 1].sum()))
+
+
+def _weighted_mean(losses: Tensor, weights: _Weights) -> Tensor:
+    own = weights.everyone[weights.own].detach().to(losses.dtype)
+    return (own * losses).sum() / weights.share
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP and ``torch.compile``: what is evaluated aside from training."""
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model
 
 
 class _Recorder:
@@ -677,7 +732,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 def _check_finite(losses: Tensor) -> None:
     finite = torch.isfinite(losses)
-    if not bool(finite.all()):
+    if anywhere(not bool(finite.all()), losses.device):
         rows = (~finite).nonzero().squeeze(1).tolist()
         shown = f"{rows[:20]} and {len(rows) - 20} more" if len(rows) > 20 else f"{rows}"
         raise FloatingPointError(

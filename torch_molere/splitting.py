@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_molere.distributed import gathered
 from torch_molere.samples import Samples
 from torch_molere.signals import Signals, signal_network
 
@@ -205,10 +206,13 @@ class MarginSplitter(nn.Module):
 def splitter_loss(
     splitter: nn.Module, validation: Samples, batch: Samples, val_fraction: float
 ) -> tuple[Tensor, Tensor]:
-    """``gap_loss`` on the validation instances plus both penalties on a batch of all data, and the former's p."""
-    p_validation: Any = splitter(validation)
-    p_batch: Any = splitter(batch)
-    loss = gap_loss(p_validation, validation.correct) + ratio_penalty(p_batch, val_fraction)
+    """``gap_loss`` on the validation instances plus both penalties on a batch of all data, and the former's p.
+
+    Where several processes train together, the instances are those of all of them.
+    """
+    p_validation: Tensor = splitter(validation)
+    p_batch, _ = gathered(splitter(batch))
+    loss = gap_loss(gathered(p_validation)[0], gathered(validation.correct)[0]) + ratio_penalty(p_batch, val_fraction)
     if batch.classes is not None:
-        loss = loss + label_penalty(p_batch, batch.classes, batch.outputs.shape[1])
+        loss = loss + label_penalty(p_batch, gathered(batch.classes)[0], batch.outputs.shape[1])
     return loss, p_validation.detach()

@@ -1,0 +1,154 @@
+"""Two processes with half a batch each are one process with the whole batch (gloo on the CPU)."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from same import assert_same
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_molere import FreeWeighting, MetaReweighter, SignalWeighting
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch was built without torch.distributed")
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def batch(step, size=16):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(size, 5, generator=generator, dtype=torch.double), torch.randint(3, (size,), generator=generator)
+
+
+def part(tensors, rank, cut):
+    """What a rank has of a batch; ``cut`` rows go to the first, the others to the second."""
+    rows = {None: slice(None), 0: slice(0, cut), 1: slice(cut, None)}[rank]
+    return tuple(tensor[rows] for tensor in tensors)
+
+
+def train(rank, cut, **options):
+    """Seven steps with a fixed validation set; rank None is one process with everything."""
+    model = classifier()
+    network = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    weighting = {"signals": lambda: SignalWeighting(("loss", "margin")), "free": lambda: FreeWeighting(16)}[
+        options.pop("phi")
+    ]().double()
+    torch.manual_seed(5 if rank is None else rank + 5)  # other ranks start from rank 0's
+    for parameter in weighting.parameters():
+        nn.init.normal_(parameter)
+    reweighter = MetaReweighter(
+        network,
+        optimizer,
+        weighting=weighting,
+        weighting_lr=0.05,
+        validation=[part(batch(100 + i, 10), rank, 6) for i in range(2)],
+        warmup_steps=2,
+        every=2,
+        **options,
+    )
+    weights = []
+    for step in range(7):
+        x, y, rows = part((*batch(step), torch.arange(16)), rank, cut)
+        if rank is None or cut == 8:
+            weights.append(reweighter.step((x, y, rows)).weights)
+        else:  # uneven parts: DDP's mean of the ranks is what ``loss`` is made for, too
+            optimizer.zero_grad()
+            reweighter.loss(network(x), y, rows).backward()
+            optimizer.step()
+            weights.append(reweighter.result.weights)
+    return model.state_dict(), weighting.state_dict(), weights, reweighter.result.val_loss, reweighter.engine
+
+
+def held_out(rank):
+    """MOLERE with a buffer for each rank."""
+    network = DistributedDataParallel(classifier())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+    reweighter = MetaReweighter(network, optimizer, warmup_steps=3, every=2, val_fraction=0.25, splitter_lr=0.05)
+    sent = []
+    for step in range(12):
+        result = reweighter.step(part(batch(step, 40), rank, 20))
+        sent.append(int(result.val_mask.sum()))
+    networks = (network.state_dict(), reweighter.weighting.state_dict(), reweighter.splitter.state_dict())
+    return networks, sent, len(reweighter.buffer), reweighter.engine
+
+
+def refused(rank):
+    """A loss that is not finite on one rank is refused on both."""
+    network = DistributedDataParallel(classifier())
+    reweighter = MetaReweighter(network, torch.optim.SGD(network.parameters(), lr=0.1), warmup_steps=0)
+    before = copy.deepcopy(network.state_dict())
+    x, y = part(batch(0), rank, 8)
+    if rank == 1:
+        x = x * torch.nan
+    with pytest.raises(FloatingPointError, match="instances"):
+        reweighter.step((x, y))
+    assert_same(network.state_dict(), before)
+    return True
+
+
+def _rank(rank, folder, function, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(function(rank, *arguments[0], **arguments[1]), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder, function, *positional, **named):
+    mp.spawn(_rank, (folder, function, (positional, named)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("order", "engine", "phi", "cut"),
+    [
+        ("after", "forward", "signals", 8),
+        ("after", "finite", "signals", 11),
+        ("before", "forward", "free", 8),
+        ("before", "auto", "signals", 8),
+        ("after", "auto", "free", 8),
+    ],
+)
+def test_two_halves_are_a_whole(tmp_path, order, engine, phi, cut):
+    options = {"order": order, "hypergradient": engine, "phi": phi}
+    whole = train(None, cut, **options)
+    first, second = in_two_processes(tmp_path, train, cut, **options)
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if engine == "forward" else {"rtol": 1e-5, "atol": 1e-7}
+    for rank in (first, second):
+        assert_same(rank[:2], whole[:2], **tolerance)
+        assert_same(rank[3], whole[3], **tolerance)
+        assert rank[4] == whole[4]
+    assert_same(first[1], second[1])
+    for a, b, both in zip(first[2], second[2], whole[2], strict=True):
+        assert_same(torch.cat([a, b]), both, **tolerance)
+
+
+def test_networks_stay_the_same_on_all_ranks_with_buffers_of_their_own(tmp_path):
+    (first, sent, held, engine), (second, also_sent, also_held, also_engine) = in_two_processes(tmp_path, held_out)
+    assert_same(first, second)
+    assert engine == also_engine == "finite"
+    assert held > 0
+    assert also_held > 0
+    # Together they keep to δ = 1/4 of 40 rows a step.
+    assert 0.5 * 0.25 * 480 - 40 <= sum(sent) + sum(also_sent) <= 1.5 * 0.25 * 480 + 2
+
+
+def test_a_loss_refused_by_one_rank_is_refused_by_all(tmp_path):
+    assert in_two_processes(tmp_path, refused) == [True, True]
+
+
+def test_the_mean_over_ranks_is_what_ddp_takes():
+    """One process without torch.distributed: nothing is divided or gathered."""
+    from torch_molere.distributed import anywhere, averaged, gathered, processes
+
+    x = torch.arange(3.0)
+    assert processes() == 1
+    assert gathered(x)[0] is x
+    assert averaged([x, None], 1.0) == [x, None]
+    assert anywhere(True, x.device)
+    assert not anywhere(False, x.device)

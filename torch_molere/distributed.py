@@ -1,0 +1,82 @@
+"""Several processes that train one model together (DDP): the meta-gradient is that of the global batch.
+
+Without :mod:`torch.distributed`, or with one process, every function here is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(rows: Tensor) -> tuple[Tensor, slice]:
+    """The rows of all processes in the order of their ranks, and where this process's own are.
+
+    Only the own rows carry gradients: whatever every process computes alike from all rows, the sum over processes of
+    its derivatives by own rows is the whole derivative. Numbers of rows may differ between processes.
+    """
+    if processes() == 1:
+        return rows, slice(0, len(rows))
+    rank = dist.get_rank()
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(own) for _ in range(processes())]
+    dist.all_gather(counts, own)
+    sizes = [int(count) for count in counts]
+    padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=_sent(rows.dtype), device=rows.device)
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    whole = [part[:size].to(rows.dtype) for part, size in zip(parts, sizes, strict=True)]
+    whole[rank] = rows
+    start = sum(sizes[:rank])
+    return torch.cat(whole), slice(start, start + len(rows))
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up in any process."""
+    return flag if processes() == 1 else bool(gathered(torch.tensor([flag], device=device))[0].any())
+
+
+def averaged(tensors: Sequence[Tensor | None], share: float) -> list[Tensor | None]:
+    """``Σ share · tensor`` over the processes, whose shares sum to one; None stays None."""
+    if processes() == 1:
+        return list(tensors)
+    scaled = [None if tensor is None else tensor * share for tensor in tensors]
+    for tensor in scaled:
+        if tensor is not None:
+            dist.all_reduce(tensor)
+    return scaled
+
+
+def sum_gradients(module: nn.Module) -> None:
+    """Add up the gradients of a network that every process holds."""
+    if processes() == 1:
+        return
+    for parameter in module.parameters():
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            local = parameter.grad.coalesce()
+            rows, values = gathered(local.indices().T)[0].T, gathered(local.values())[0]
+            parameter.grad = torch.sparse_coo_tensor(rows, values, local.shape, check_invariants=False)
+        else:
+            dist.all_reduce(parameter.grad)
+
+
+def broadcast(module: nn.Module) -> None:
+    """Start every process from the first one's parameters and buffers."""
+    if processes() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _sent(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.bool else dtype

@@ -242,6 +242,39 @@ def test_losses_of_a_skipped_update_are_forgotten():
     assert_same(found[0], found[1])
 
 
+def test_a_gradient_scaler_changes_nothing_but_skips_what_overflows():
+    """Ten steps with a scaler, of which the fourth overflows, are nine without."""
+    found = []
+    for scaled in (False, True):
+        model = classifier()
+        del model[3], model[1]  # a skipped step would still move batch statistics
+        weighting = Scores(12)
+        optimizer = sgd(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=scaled)
+        reweighter = MetaReweighter(
+            model,
+            optimizer,
+            weighting=weighting,
+            weighting_optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
+            validation=batches(1, seed=5),
+            warmup_steps=1,
+            every=1,
+            hypergradient="forward",
+            scaler=scaler if scaled else None,
+        )
+        for step, (x, y) in enumerate(batches(10)):
+            if step == 3 and not scaled:
+                continue
+            optimizer.zero_grad()
+            loss = reweighter.loss(model(x), y) * (torch.inf if step == 3 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert reweighter.steps == 9
+        found.append((model.state_dict(), weighting.state_dict()))
+    assert_same(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
 @dataclass
 class Output:
     logits: torch.Tensor

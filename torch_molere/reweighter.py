@@ -144,6 +144,7 @@ class MetaReweighter:
             ``functools.partial(torch.optim.SGD, lr=0.1)``.
         correct_fn: ``correct_fn(outputs, targets) -> (B,)`` bool, the classifier is right; the default knows class
             indices and multi-label targets and otherwise asks whether the loss is at most the batch's median.
+        scaler: the gradient scaler of a float16 loop of your own. An update that it skips is skipped here too.
         seed: of everything random here. The global random streams are neither read nor moved.
 
     Attributes:
@@ -179,6 +180,7 @@ class MetaReweighter:
         weighting_optimizer: OptimizerFactory | None = None,
         splitter_optimizer: OptimizerFactory | None = None,
         correct_fn: CorrectFn | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -211,6 +213,7 @@ class MetaReweighter:
         self.optimizer = optimizer
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
         self.correct_fn = correct_fn
+        self.scaler = scaler
         self.order = order
         self.every = every
         self.warmup_steps = warmup_steps
@@ -537,7 +540,8 @@ class MetaReweighter:
         """Hook of a loss: it is part of the next update from now on, and alone so where there are no gradients yet."""
         if all(p.grad is None for p in trained_parameters(self._network, self.optimizer).values()):
             self._weighted = []  # of an update that was skipped
-        weighted.scale = gradient.detach()
+        # A scaler takes its factor out of the gradients before the optimizer sees them.
+        weighted.scale = gradient.detach() / (1.0 if self.scaler is None else self.scaler.get_scale())
         self._weighted.append(weighted)
 
     def _before_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:

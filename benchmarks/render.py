@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -52,35 +53,41 @@ def comparisons(stored: Path) -> str:
 
 def speed(stored: Path) -> str:
     """Time and memory relative to plain training, by model, and one meta-gradient alone."""
-    steps = stored / "speed-steps-cpu.csv"
-    if not steps.exists():
+    columns, sources = {}, []
+    for model in MODELS:
+        for path in sorted(stored.glob(f"speed-steps-{model}-*-cpu.csv"), reverse=True):
+            frame, config = pd.read_csv(path), _config(path)
+            sources.append(config)
+            ratios = summary(frame, ["model", "optimizer"]).set_index("contender")["median"]
+            shown = {name: f"– ({error.split(':')[0]})" for name, error in config["errors"].items()}
+            title = f"{MODELS[model]}, {frame.optimizer[0].upper()}"
+            columns[title] = shown | {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
+        for path in stored.glob(f"speed-memory-{model}-*-cpu.csv"):
+            peaks = pd.read_csv(path).set_index("contender").whole
+            columns[f"memory, {MODELS[model]}"] = {name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()}
+            sources.append(_config(path))
+    if not sources:
         return "Not measured yet.\n"
-    config = json.loads(steps.with_suffix(".json").read_text(encoding="utf-8"))
-    frame = summary(pd.read_csv(steps), ["model", "optimizer"])
-    settings = list(dict.fromkeys(zip(frame.model, frame.optimizer, strict=True)))
-    values = {(row.model, row.optimizer, row.contender): f"{row.median:.2f}" for row in frame.itertuples()}
-    header = ["", *(f"{MODELS[model]}, {optimizer.upper()}" for model, optimizer in settings)]
-    memory = _memory(stored / "speed-memory-cpu.csv")
-    header += [f"memory, {MODELS[model]}" for model in memory]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for contender in ORDER:
-        cells = [values.get((*setting, contender)) or _why_not(config, setting, contender) for setting in settings]
-        rows.append([contender, *cells, *(of.get(contender, "–") for of in memory.values())])
+    rows = [["", *columns], ["---", *["---:"] * len(columns)]]
+    rows += [[name, *(column.get(name, "–") for column in columns.values())] for name in ORDER]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    versions = sources[0]["versions"]
     return (
-        f"Medians of the ratio to one plain training step of the same round, batch {config['batch']}, on "
-        f"{_machine(config)}; torch {config['versions']['torch']}, "
-        f"betty-ml {config['versions']['betty-ml']}, torchopt {config['versions']['torchopt']}, "
-        f"higher {config['versions']['higher']}. The lines “gradient” are one meta-gradient alone, in the same unit. "
-        "Memory is the peak of the whole process, each contender in one of its own.\n\n"
-        f"{table}\n`{config['command']}`\n{_growth(stored)}{_error(stored)}"
+        f"Medians of the ratio to one plain training step of the same round, batch {sources[0]['batch']}, on "
+        f"{_machine(sources[0])}; torch {versions['torch']}, betty-ml {versions['betty-ml']}, torchopt "
+        f"{versions['torchopt']}, higher {versions['higher']}. The lines “gradient” are one meta-gradient alone, in "
+        "the same unit. Memory is the peak of a whole process of its own.\n\n"
+        f"{table}\n"
+        + "".join(f"- `{command}`\n" for command in dict.fromkeys(s["command"] for s in sources))
+        + _growth(stored)
+        + _error(stored)
     )
 
 
 def _growth(stored: Path) -> str:
     if not (stored / "speed-growth-cpu.csv").exists():
         return ""
-    config = json.loads((stored / "speed-growth-cpu.json").read_text(encoding="utf-8"))
+    config = _config(stored / "speed-growth-cpu.csv")
     picture = "benchmarks/results/speed-growth-cpu.png"
     return f"\n![Cost as batch, model, classes and buffer grow]({picture})\n\n`{config['command']}`\n"
 
@@ -90,7 +97,7 @@ def _error(stored: Path) -> str:
     path = stored / "speed-error-cpu.csv"
     if not path.exists():
         return ""
-    config = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    config = _config(path)
     frame = pd.read_csv(path)
     grouped = frame.groupby(["model", "optimizer", "step", "engine"], sort=False)[["cosine", "relative_error"]]
     rows = [
@@ -105,25 +112,16 @@ def _error(stored: Path) -> str:
     )
 
 
-def _memory(path: Path) -> dict[str, dict[str, str]]:
-    if not path.exists():
-        return {}
-    frame = pd.read_csv(path)
-    found: dict[str, dict[str, str]] = {}
-    for model, part in frame.groupby("model", sort=False):
-        base = part.loc[part.contender == "ERM", "whole"].iloc[0]
-        found[str(model)] = {row.contender: f"{row.whole / base:.2f}" for row in part.itertuples()}
-    return found
+def _config(path: Path) -> dict[str, Any]:
+    """What is stored beside a CSV file."""
+    config: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return config
 
 
-def _why_not(config: dict[str, dict[str, dict[str, str]]], setting: tuple[str, str], contender: str) -> str:
-    error = config["errors"].get(", ".join(setting), {}).get(contender)
-    return "–" if error is None else f"– ({error.split(':')[0]})"
-
-
-def _machine(config: dict[str, dict[str, str]]) -> str:
+def _machine(config: dict[str, Any]) -> str:
     machine = config["machine"]
-    return machine.get("accelerator") or f"{machine['cores']} cores of an {machine['processor']}"
+    name: str = machine.get("accelerator") or f"{machine['cores']} cores of an {machine['processor']}"
+    return name
 
 
 def main() -> None:

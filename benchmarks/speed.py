@@ -159,19 +159,16 @@ def steps(
     out: Out = RESULTS,
 ) -> None:
     """Time of one training step, and of one meta-gradient alone, for every contender."""
-    rows, errors = [], {}
     for model in models.split(","):
         for optimizer in optimizers.split(","):
             task = task_of(model, optimizer, device, batch)
-            contenders, failed = made(dict(zip(ORDER, [*STEPS.values(), *GRADIENTS.values()], strict=True)), task)
-            errors[f"{model}, {optimizer}"] = failed
-            total = len(contenders) * count
+            contenders, errors = made(dict(zip(ORDER, [*STEPS.values(), *GRADIENTS.values()], strict=True)), task)
             measured = rounds(contenders, count, device)
-            for number, name, seconds in track(measured, f"{model}, {optimizer}", total=total, console=console):
-                rows.append((model, optimizer, name, number, seconds))
+            progress = track(measured, f"{model}, {optimizer}", total=len(contenders) * count, console=console)
+            rows = [(model, optimizer, name, number, seconds) for number, name, seconds in progress]
             frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "seconds"])
-            _store("steps", frame, out, device, {"batch": batch, "errors": errors})
-    _show(frame, ["model", "optimizer"], f"Time of a step, batch {batch}, {device}")
+            _store(f"steps-{model}-{optimizer}", frame, out, device, {"batch": batch, "errors": errors})
+            _show(frame, ["model", "optimizer"], f"Time of a step, batch {batch}, {device}")
 
 
 @app.command()
@@ -183,8 +180,8 @@ def memory(
     out: Out = RESULTS,
 ) -> None:
     """Peak memory of training, each contender in a process of its own."""
-    rows, errors = [], {}
     for model in models.split(","):
+        rows, errors = [], {}
         for name in track(ORDER, model, console=console):
             child = [sys.executable, "-m", "benchmarks.speed", "peak", model, optimizer, name]
             done = subprocess.run(
@@ -194,11 +191,14 @@ def memory(
                 added, whole = map(int, done.stdout.split()[-2:])
                 rows.append((model, optimizer, name, 0, added, whole))
             else:
-                errors[f"{model}, {name}"] = done.stderr.strip().splitlines()[-1]
-    frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "added", "whole"])
-    _store("memory", frame, out, device, {"batch": batch, "errors": errors})
-    for column, title in (("added", "Memory added by training at its peak"), ("whole", "Peak of the whole process")):
-        _show(frame.rename(columns={column: "seconds"}), ["model"], f"{title}, batch {batch}, {device}")
+                errors[name] = done.stderr.strip().splitlines()[-1]
+        frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "added", "whole"])
+        _store(f"memory-{model}-{optimizer}", frame, out, device, {"batch": batch, "errors": errors})
+        for column, title in (
+            ("added", "Memory added by training at its peak"),
+            ("whole", "Peak of the whole process"),
+        ):
+            _show(frame.rename(columns={column: "seconds"}), ["model"], f"{title}, batch {batch}, {device}")
 
 
 @app.command(hidden=True)

@@ -142,3 +142,16 @@ def test_unrolled_refuses_what_higher_would_ignore():
         hypergradient(*problem(lr=0.1, maximize=True), engine="unrolled")
     with pytest.raises(TypeError, match="AdamW"):
         hypergradient(*problem(kind=torch.optim.AdamW, lr=0.1), engine="unrolled")
+
+
+def test_every_engine_knows_attention():
+    """Flash attention has neither a forward-mode rule nor a second derivative on the CPU."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Unflatten(1, (1, 8)), layer, nn.Flatten(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(7, 5, dtype=torch.double), torch.randint(3, (7,))
+    setting = (model, torch.optim.SGD(model.parameters(), lr=0.1), (x, y), (x[:4], y[:4]), torch.ones(7).double())
+    exact = hypergradient(*setting, engine="unrolled")
+    assert relative(hypergradient(*setting, engine="forward"), exact) < 1e-9
+    assert relative(hypergradient(*setting, engine="finite"), exact) < 1e-4
+    assert relative(central_difference(*setting), exact) < 1e-5

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from same import assert_same
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from torch_molere import FreeWeighting, InputWeighting, MarginSplitter, MetaReweighter, SignalWeighting
 from torch_molere.weighting import normalised
@@ -504,10 +506,53 @@ class Custom(nn.Module):
         return _Square.apply(self.linear(x))
 
 
-@pytest.mark.parametrize("kind", [Attention, Recurrent, Custom])
-def test_auto_serves_models_without_forward_mode_rules(kind, caplog):
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bag, self.out = nn.EmbeddingBag(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.bag((3 * x.abs()).long().clamp_max(9)))
+
+
+def layers(*modules):
+    """A network of these layers between a linear one and the classes."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(*(module() for module in modules), nn.Tanh(), nn.Linear(8, 3))
+
+    return make
+
+
+MODELS = {
+    "attention": Attention,
+    "lstm": Recurrent,
+    "custom function": Custom,
+    "checkpointing": Checkpointed,
+    "embedding bag": Bag,
+    "weight norm": layers(lambda: weight_norm(nn.Linear(5, 8))),
+    "spectral norm": layers(lambda: spectral_norm(nn.Linear(5, 8))),
+    "group and layer norm": layers(lambda: nn.Linear(5, 8), lambda: nn.GroupNorm(2, 8), lambda: nn.LayerNorm(8)),
+    "batch norm": layers(lambda: nn.Linear(5, 8), lambda: nn.BatchNorm1d(8)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_auto_serves_models_with_and_without_forward_mode_rules(kind, caplog):
     """φ's gradient in float32 is that of the exact engine (unrolled by hand) to a finite difference's accuracy."""
-    model = kind()
+    model = MODELS[kind]()
     weighting = Scores(12).float()
     reweighter = MetaReweighter(
         model,

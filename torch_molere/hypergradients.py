@@ -265,6 +265,7 @@ def unrolled(
         warnings.catch_warnings(),
         preserved_randomness(device, forward.random_state),
         torch.autocast(device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),  # the attention kernel that can be differentiated twice
     ):
         warnings.simplefilter("ignore")  # higher's own deprecation warnings
         with higher.innerloop_ctx(forward.model, optimizer, copy_initial_weights=True) as (functional, inner):

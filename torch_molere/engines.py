@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,52 +45,49 @@ class DirectionalDerivative:
         losses: Tensor,
     ) -> Tensor:
         """``(B,)``; ``losses`` are ℓ(θ) as training computed them."""
-        if self.engine == "forward":
-            return forward_mode(forward, parameters, direction)
-        if self.engine == "finite":
-            return self._finite(forward, parameters, direction, losses)
-        return self._choose(forward, parameters, direction, losses)
 
-    def _finite(
-        self,
-        forward: TrainingForward,
-        parameters: dict[str, Tensor],
-        direction: dict[str, Tensor],
-        losses: Tensor,
-    ) -> Tensor:
+        def exact() -> Tensor:
+            return forward_mode(forward, parameters, direction)
+
+        def approximate() -> Tensor:
+            known = losses if self._repeats(forward, parameters, losses) else None
+            return finite_difference(forward, parameters, direction, known)
+
+        if self.engine == "forward":
+            return exact()
+        if self.engine == "finite":
+            return approximate()
+        return self._choose(exact, approximate)
+
+    def _repeats(self, forward: TrainingForward, parameters: dict[str, Tensor], losses: Tensor) -> bool:
+        """Whether the forward gives the losses of training again; found out once."""
         if self.repeatable is None:
             with torch.no_grad():
-                repeated = forward.losses(parameters)
-            distance = (repeated - losses).abs() / (1.0 + repeated.abs())
+                again = forward.losses(parameters)
+            distance = (again - losses).abs() / (1.0 + again.abs())
             self.repeatable = not anywhere(bool((distance > REPLAY_TOLERANCE).any()), losses.device)
-        return finite_difference(forward, parameters, direction, losses if self.repeatable else None)
+        return self.repeatable
 
-    def _choose(
-        self,
-        forward: TrainingForward,
-        parameters: dict[str, Tensor],
-        direction: dict[str, Tensor],
-        losses: Tensor,
-    ) -> Tensor:
+    def _choose(self, exact: Callable[[], Tensor], approximate: Callable[[], Tensor]) -> Tensor:
         try:
-            exact = forward_mode(forward, parameters, direction)
+            right = exact()
         except (NotImplementedError, RuntimeError) as error:
-            approximate = self._finite(forward, parameters, direction, losses)
+            found = approximate()
             self._take("finite", f"forward mode is not available: {str(error).splitlines()[0]}")
-            return approximate
-        everyone, _ = gathered(exact)  # every process must choose alike
+            return found
+        everyone, _ = gathered(right)  # every process must choose alike
         norm = torch.linalg.vector_norm(everyone)
         if not bool(torch.isfinite(norm) & (norm > 0)):
-            return exact  # nothing to compare; the next meta-update decides
+            return right  # nothing to compare; the next meta-update decides
         try:
-            approximate = self._finite(forward, parameters, direction, losses)
+            found = approximate()
         except TypeError as error:
             self._take("forward", str(error).splitlines()[0])
-            return exact
-        distance = float(torch.linalg.vector_norm(gathered(approximate)[0] - everyone) / norm)
+            return right
+        distance = float(torch.linalg.vector_norm(gathered(found)[0] - everyone) / norm)
         agree = distance <= AGREEMENT
         self._take("finite" if agree else "forward", f"a finite difference is within {distance:.2g} of forward mode")
-        return exact
+        return right
 
     def _take(self, engine: Engine, reason: str) -> None:
         self.engine = engine

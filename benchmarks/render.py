@@ -19,6 +19,9 @@ COMPARISONS = {
     "compare-cifar10-conv": "CIFAR-10, small conv net",
     "compare-tiny-imagenet-50-conv": "Tiny ImageNet, 50 classes, small conv net",
 }
+LEAST_SEEDS = 3
+"""With fewer, a comparison is stored but not reported."""
+
 MODELS = {"conv": "conv net", "resnet20": "ResNet-20", "mlp": "MLP", "vit-tiny": "ViT-Tiny"}
 
 
@@ -32,14 +35,18 @@ def rendered(readme: str, stored: Path = STORED) -> str:
 
 
 def comparisons(stored: Path) -> str:
-    """A table, a picture and the command of each stored comparison."""
-    parts = []
+    """A table, a picture and the command of each stored comparison that has enough seeds to be reported."""
+    parts, too_few = [], []
     for folder, title in COMPARISONS.items():
-        if not (stored / folder / "results.csv").exists():
+        table = stored / folder / "results.csv"
+        if not table.exists():
             continue
         config = json.loads((stored / folder / "config.json").read_text(encoding="utf-8"))
         ran = config["configuration"]
-        summaries = results.summarise(pd.read_csv(stored / folder / "results.csv"))
+        if ran["seeds"] < LEAST_SEEDS:
+            too_few.append(f"[{title}](benchmarks/results/{folder}/table.md)")
+            continue
+        summaries = results.summarise(pd.read_csv(table))
         parts.append(
             f"### {title}\n\n"
             f"{ran['train_rows']:,} training rows, {ran['recipe']['epochs']} epochs, on {_machine(config)}; "
@@ -48,6 +55,8 @@ def comparisons(stored: Path) -> str:
             f"![Test accuracy by method and change of margin: {title}](benchmarks/results/{folder}/compare.png)\n\n"
             f"`{config['command']}`\n"
         )
+    if too_few:
+        parts.append(f"Stored, but with fewer than {LEAST_SEEDS} seeds no result yet: {', '.join(too_few)}.\n")
     return "\n".join(parts)
 
 

@@ -30,7 +30,7 @@ CENTRES = (EDGES[:-1] + EDGES[1:]) / 2
 REFERENCE = "ERM, other seed"
 Buckets = NDArray[np.float64]  # one number for each bucket
 
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

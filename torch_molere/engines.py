@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ logger = logging.getLogger("torch_molere")
 AGREEMENT = 0.1
 """Relative error up to which ``auto`` takes the finite engine for the exact one."""
 
+COMPARED = 32
+"""How many instances it is measured on: enough to tell, few enough that forward mode's memory does not show."""
 
 REPLAY_TOLERANCE = 1e-5
 """How closely the losses of training must be repeated for a difference to start from them: less than the difference
@@ -26,8 +27,8 @@ itself, more than rounding in single precision."""
 class DirectionalDerivative:
     """⟨u, ∇ℓ_i(θ)⟩ for every instance i, by the engine named or, for ``"auto"``, the fastest one that is right.
 
-    The first non-zero derivative is computed both ways. The finite engine (one plain forward) is taken from then on if
-    it agrees with forward mode or if the model has no forward-mode rule; otherwise forward mode is.
+    For the first instances of the first batch the derivative is computed both ways. The finite engine (one plain
+    forward) is taken if it agrees with forward mode or if the model has no forward-mode rule, else forward mode.
 
     The finite engine starts from the losses that training computed, if its first call finds that they can be repeated:
     in reduced precision (autocast, wherever it is entered) or with an unseeded forward they cannot.
@@ -46,18 +47,12 @@ class DirectionalDerivative:
     ) -> Tensor:
         """``(B,)``; ``losses`` are ℓ(θ) as training computed them."""
 
-        def exact() -> Tensor:
-            return forward_mode(forward, parameters, direction)
-
-        def approximate() -> Tensor:
+        if self.engine == "auto":
+            self._choose(forward.of_first(COMPARED), parameters, direction)
+        if self.engine == "finite":
             known = losses if self._repeats(forward, parameters, losses) else None
             return finite_difference(forward, parameters, direction, known)
-
-        if self.engine == "forward":
-            return exact()
-        if self.engine == "finite":
-            return approximate()
-        return self._choose(exact, approximate)
+        return forward_mode(forward, parameters, direction)  # also while there was nothing to compare
 
     def _repeats(self, forward: TrainingForward, parameters: dict[str, Tensor], losses: Tensor) -> bool:
         """Whether the forward gives the losses of training again; found out once."""
@@ -68,26 +63,23 @@ class DirectionalDerivative:
             self.repeatable = not anywhere(bool((distance > REPLAY_TOLERANCE).any()), losses.device)
         return self.repeatable
 
-    def _choose(self, exact: Callable[[], Tensor], approximate: Callable[[], Tensor]) -> Tensor:
+    def _choose(self, forward: TrainingForward, parameters: dict[str, Tensor], direction: dict[str, Tensor]) -> None:
         try:
-            right = exact()
+            exact, _ = gathered(forward_mode(forward, parameters, direction))  # every process must choose alike
         except (NotImplementedError, RuntimeError) as error:
-            found = approximate()
             self._take("finite", f"forward mode is not available: {str(error).splitlines()[0]}")
-            return found
-        everyone, _ = gathered(right)  # every process must choose alike
-        norm = torch.linalg.vector_norm(everyone)
+            return
+        norm = torch.linalg.vector_norm(exact)
         if not bool(torch.isfinite(norm) & (norm > 0)):
-            return right  # nothing to compare; the next meta-update decides
+            return  # nothing to compare; the next meta-update decides
         try:
-            found = approximate()
+            approximate, _ = gathered(finite_difference(forward, parameters, direction))
         except TypeError as error:
             self._take("forward", str(error).splitlines()[0])
-            return right
-        distance = float(torch.linalg.vector_norm(gathered(found)[0] - everyone) / norm)
+            return
+        distance = float(torch.linalg.vector_norm(approximate - exact) / norm)
         agree = distance <= AGREEMENT
         self._take("finite" if agree else "forward", f"a finite difference is within {distance:.2g} of forward mode")
-        return right
 
     def _take(self, engine: Engine, reason: str) -> None:
         self.engine = engine

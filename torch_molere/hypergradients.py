@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import higher
@@ -33,6 +33,7 @@ from torch_molere.evaluation import (
     detached,
     device_of,
     evaluate,
+    map_tensors,
     per_sample_losses,
     preserved_randomness,
 )
@@ -63,6 +64,15 @@ class TrainingForward:
         with preserved_randomness(device, self.random_state), torch.autocast(device.type, enabled=False):
             outputs = evaluate(self.model, self.arguments, parameters, self.buffers)
             return per_sample_losses(self.loss_fn, outputs, self.targets)
+
+    def of_first(self, count: int) -> TrainingForward:
+        """The same forward of the first ``count`` instances alone."""
+        size = batch_size(self.targets)
+
+        def first(tensor: Tensor) -> Tensor:
+            return tensor[:count] if tensor.ndim and len(tensor) == size else tensor
+
+        return replace(self, arguments=map_tensors(first, self.arguments), targets=map_tensors(first, self.targets))
 
 
 DirectionalDerivative = Callable[[TrainingForward, dict[str, Tensor], dict[str, Tensor]], Tensor]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import resource
 import subprocess
@@ -73,25 +74,30 @@ def _network(name: str) -> tuple[tuple[int, ...], int, nn.Module]:
     return (3, 32, 32), 10, build(name, (3, 32, 32), 10)
 
 
-def rounds(contenders: Mapping[str, Step], count: int, device: str) -> Iterator[tuple[int, str, float]]:
-    """``(round, contender, seconds a step)``, every contender once a round in random order, after one to warm up."""
+def rounds(
+    contenders: Mapping[str, Step], count: int, device: str, period: int = PERIOD
+) -> Iterator[tuple[int, str, float]]:
+    """``(round, contender, seconds a step)``, every contender once a round in random order, after one to warm up.
+
+    A round takes ``period`` steps of each: a multiple of ``every``, so that all rounds have as many meta-updates.
+    """
     order = list(contenders)
     shuffle = random.Random(0).shuffle
     for number in range(-1, count):
         shuffle(order)
         for name in order:
-            seconds = _seconds(contenders[name], device)
+            seconds = _seconds(contenders[name], device, period)
             if number >= 0:
                 yield number, name, seconds
 
 
-def _seconds(step: Step, device: str) -> float:
+def _seconds(step: Step, device: str, period: int) -> float:
     _wait(device)
     start = time.perf_counter()
-    for _ in range(PERIOD):
+    for _ in range(period):
         step()
     _wait(device)
-    return (time.perf_counter() - start) / PERIOD
+    return (time.perf_counter() - start) / period
 
 
 def _wait(device: str) -> None:
@@ -261,7 +267,8 @@ def growth(
     for varied, settings in _growth_settings(device).items():
         for value, (task, factory) in settings.items():
             contenders, _ = made({"ERM": erm, "MOLERE": factory}, task)
-            for number, name, seconds in rounds(contenders, count, device):
+            period = math.lcm(PERIOD, value) if varied.startswith("every") else PERIOD
+            for number, name, seconds in rounds(contenders, count, device, period):
                 rows.append((varied, value, name, number, seconds))
     for capacity in (1_000, 10_000, 100_000, 1_000_000):
         for number, (name, seconds) in enumerate(_buffer_operations(capacity, count)):

@@ -326,21 +326,26 @@ torch.save(
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "order", "engine"),
-    [("buffer", "after", "auto"), ("fixed", "before", "auto"), ("fixed", "after", "forward")],
-)
+def run_in_a_fresh_process(source, target, *arguments):
+    command = [sys.executable, "-c", SCRIPT, source, target, *arguments]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return torch.load(target, weights_only=True)
+
+
+STOPPED = [("after", "auto", "buffer"), ("before", "auto", "fixed"), ("after", "forward", "fixed")]
+
+
+@pytest.fixture(scope="module", params=STOPPED)
+def never_stopped(request, tmp_path_factory):
+    whole = run_in_a_fresh_process("none", tmp_path_factory.mktemp("whole") / "whole.pt", *request.param, 0, 12)
+    return request.param, whole
+
+
 @settings(max_examples=2)
 @given(stop=st.integers(1, 11))
-def test_resuming_in_a_fresh_process_is_bit_equal(tmp_path_factory, kind, order, engine, stop):
-    folder = tmp_path_factory.mktemp("resume")
-
-    def run(source, target, start, end):
-        command = [sys.executable, "-c", SCRIPT, source, folder / target, order, engine, kind, str(start), str(end)]
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
-        return torch.load(folder / target, weights_only=True)
-
-    whole = run("none", "whole.pt", 0, 12)
-    run("none", "half.pt", 0, stop)
-    resumed = run(folder / "half.pt", "resumed.pt", stop, 12)
+def test_resuming_in_a_fresh_process_is_bit_equal(tmp_path_factory, never_stopped, stop):
+    arguments, whole = never_stopped
+    folder = tmp_path_factory.mktemp("resumed")
+    run_in_a_fresh_process("none", folder / "half.pt", *arguments, 0, stop)
+    resumed = run_in_a_fresh_process(folder / "half.pt", folder / "resumed.pt", *arguments, stop, 12)
     assert_same(resumed, whole)

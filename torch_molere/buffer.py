@@ -92,18 +92,21 @@ class ValidationBuffer:
         total = min(len(self) + pending + 1, self.capacity)
         return held < (1.0 + LABEL_TOLERANCE) * share * total + 1.0
 
-    def check(self, batch: Any) -> None:
+    def check(self, batch: Any) -> tuple[list[Tensor], list[Any], Any]:
         """Refuse a batch whose instances cannot be stored beside those held.
+
+        Returns:
+            The batch :func:`flattened <_flattened>`.
 
         Raises:
             ValueError: for tensors with other shapes, dtypes, devices or nesting than the ones held, without one
                 shared first dimension, or larger than the byte cap.
         """
-        batch_size(batch)
-        tensors, _, spec = _flattened(batch)
+        tensors, leaves, spec = _flattened(batch)
+        batch_size(tensors)
         if not self._storage:
             self._capacity_for(tensors)
-            return
+            return tensors, leaves, spec
         expected = [(tuple(held.shape[1:]), held.dtype, held.device) for held in self._storage]
         found = [(tuple(tensor.shape[1:]), tensor.dtype, tensor.device) for tensor in tensors]
         if spec != self._spec or expected != found:
@@ -111,6 +114,7 @@ class ValidationBuffer:
                 "the instances of every batch must have the same shapes, dtypes and devices to share the validation "
                 f"buffer: held {expected}, got {found}; pad inputs to one length, or pass validation="
             )
+        return tensors, leaves, spec
 
     def insert(self, batch: Any, chosen: Sequence[int], classes: Sequence[int], rows: Sequence[int] | None) -> None:
         """Put instances of a batch in; a row already held is refreshed in place.
@@ -124,8 +128,7 @@ class ValidationBuffer:
         Raises:
             ValueError: as :meth:`check`.
         """
-        self.check(batch)
-        tensors, self._leaves, self._spec = _flattened(batch)
+        tensors, self._leaves, self._spec = self.check(batch)
         if not self._storage:
             self.capacity = self._capacity_for(tensors)
             self._storage = [tensor.new_empty((self.capacity, *tensor.shape[1:])) for tensor in tensors]

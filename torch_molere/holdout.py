@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ from torch_molere.splitting import RandomSplitter, splitter_loss
 
 LEAST = 2
 """The fewest instances worth a meta-update, kept whatever the splitter says: batch norm needs two."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which instances of a batch go to validation, with what is known of all of them, read from the device once."""
+
+    positions: list[int]
+    classes: list[int]  # one class for all where there are none
+    rows: list[int] | None
 
 
 class HoldOut:
@@ -43,12 +53,11 @@ class HoldOut:
         self.splitter = splitter
         self.optimizer = optimizer
         self.buffer = buffer
-        self.val_fraction = val_fraction
         self.warmup_splitter = RandomSplitter(val_fraction, seed)
         self.quota = Quota(val_fraction)
 
-    def choose(self, samples: Samples, warming_up: bool) -> list[int]:
-        """Positions in the batch that go to validation; nothing changes yet.
+    def choose(self, samples: Samples, warming_up: bool) -> Choice:
+        """Which instances go to validation; nothing changes yet.
 
         Those with p < 1/2, rows already held first, then the smallest p, within the quota and the label balance.
 
@@ -57,7 +66,8 @@ class HoldOut:
         """
         self.buffer.check((samples.arguments, samples.targets))
         p = self._probabilities(samples, warming_up)
-        rows, classes = _rows_of(samples), _classes_of(samples)
+        rows = None if samples.indices is None else samples.indices.tolist()
+        classes = [0] * len(p) if samples.classes is None else samples.classes.tolist()
         low, high = self.quota.bounds(len(p))
         held = [rows is not None and rows[i] in self.buffer for i in range(len(p))]
         shares = self.buffer.shares(classes)
@@ -72,11 +82,11 @@ class HoldOut:
                     continue
                 added[label] = added.get(label, 0) + 1
             chosen.append(i)
-        return sorted(chosen)
+        return Choice(sorted(chosen), classes, rows)
 
-    def put(self, samples: Samples, chosen: list[int]) -> None:
+    def put(self, samples: Samples, choice: Choice) -> None:
         """Hold the chosen instances; rows of this batch that are not among them go back to training."""
-        rows, classes = _rows_of(samples), _classes_of(samples)
+        chosen, classes, rows = choice.positions, choice.classes, choice.rows
         self.buffer.observe(classes)
         self.quota.spend(len(classes), len(chosen))
         self.buffer.insert(
@@ -96,7 +106,7 @@ class HoldOut:
     def learn(self, validation: Samples, batch: Samples, slots: list[int]) -> None:
         """One step of Θ, then release the validation instances that have become easy, but never the last batch."""
         with torch.set_grad_enabled(self.optimizer is not None):
-            loss, p_validation = splitter_loss(self.splitter, validation, batch, self.val_fraction)
+            loss, p_validation = splitter_loss(self.splitter, validation, batch, self.quota.val_fraction)
         if self.optimizer is not None and bool(torch.isfinite(loss.detach())):
             self.optimizer.zero_grad()
             loss.backward()
@@ -134,13 +144,3 @@ class HoldOut:
             self.optimizer.load_state_dict(state["optimizer"])
         self.buffer.load_state_dict(state["buffer"], device)
         self.quota.load_state_dict(state["quota"])
-
-
-def _rows_of(samples: Samples) -> list[int] | None:
-    return None if samples.indices is None else samples.indices.tolist()
-
-
-def _classes_of(samples: Samples) -> list[int]:
-    """The class of every instance; one class for all where there are none."""
-    classes = samples.classes
-    return [0] * samples.losses.shape[0] if classes is None else classes.tolist()

@@ -12,7 +12,7 @@ The n inner products are one directional derivative of the vector of losses alon
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -75,10 +75,6 @@ class TrainingForward:
         return replace(self, arguments=map_tensors(first, self.arguments), targets=map_tensors(first, self.targets))
 
 
-DirectionalDerivative = Callable[[TrainingForward, dict[str, Tensor], dict[str, Tensor]], Tensor]
-"""``(forward, θ by name, u by name) -> (B,)``: ⟨u, ∇ℓ_i(θ)⟩ for every instance i."""
-
-
 def forward_mode(forward: TrainingForward, parameters: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
     """⟨u, ∇ℓ_i(θ)⟩ by one pass of forward-mode differentiation: exact, no second-order graph.
 
@@ -136,14 +132,13 @@ def validation_gradient(
     loss_fn: LossFn,
     batch: tuple[Arguments, Any],
     parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
     seed: int | None = None,
 ) -> ValidationGradient:
     """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched."""
     arguments, targets = batch
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
     with torch.enable_grad(), preserved_randomness(device_of(model), seed):
-        outputs = evaluate(model, arguments, leaves, buffers)
+        outputs = evaluate(model, arguments, leaves, dict(model.named_buffers()))
         losses = per_sample_losses(loss_fn, outputs, targets)
         gradients = torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
     return ValidationGradient(losses.detach(), list(gradients), detached(outputs))
@@ -198,9 +193,8 @@ def hypergradient(
         raise ValueError(f"weights must be floating ({size},), got {tuple(weights.shape)} of {weights.dtype}")
     parameters = trained_parameters(model, optimizer)
     validation = (arguments_of(validation_batch[0]), validation_batch[1])
-    buffers = buffer_copies(model)
     random_state = RandomState.now(device_of(model))
-    forward = TrainingForward(model, loss_fn, arguments_of(inputs), targets, random_state, buffers)
+    forward = TrainingForward(model, loss_fn, arguments_of(inputs), targets, random_state, buffer_copies(model))
     if engine == "unrolled":
         return unrolled(forward, optimizer, validation, weights, steps=steps)
     check_differentiable(optimizer)
@@ -213,7 +207,7 @@ def hypergradient(
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     update = Update(optimizer, list(parameters.values()), gradients)
     after = dict(zip(names, update.parameters, strict=True))
-    cotangents = validation_gradient(model, loss_fn, validation, after, buffers).gradients
+    cotangents = validation_gradient(model, loss_fn, validation, after).gradients
     direction = dict(zip(names, update.transpose(cotangents), strict=True))
     derivative: Tensor
     if engine == "finite":

@@ -33,7 +33,7 @@ from torch_molere.evaluation import (
     preserved_randomness,
 )
 from torch_molere.history import SampleHistory
-from torch_molere.holdout import HoldOut
+from torch_molere.holdout import Choice, HoldOut
 from torch_molere.hypergradients import (
     ENGINES,
     Engine,
@@ -248,7 +248,6 @@ class MetaReweighter:
             "val_fraction": None if self.holdout is None else val_fraction,
         }
 
-        self._hypergradient = hypergradient
         self._directional_derivative = DirectionalDerivative(hypergradient)
         self._draws = 0  # how many random states were taken from the seed
         self._alike = False  # whether φ and Θ are known to be the same in every process
@@ -341,7 +340,7 @@ class MetaReweighter:
     @property
     def engine(self) -> Engine:
         """The hypergradient engine in use; ``"auto"`` until the first meta-update has chosen one."""
-        return "unrolled" if self._hypergradient == "unrolled" else self._directional_derivative.engine
+        return self._directional_derivative.engine
 
     @property
     def splitter(self) -> nn.Module | None:
@@ -461,16 +460,18 @@ class MetaReweighter:
         _check_finite(losses.detach())
         samples = self._samples(call.arguments, outputs, targets, losses.detach(), _checked_indices(indices, losses))
         meta = not self.warming_up and (self.steps - self.warmup_steps) % self.every == 0
-        chosen: list[int] = []
+        choice: Choice | None = None
         if self.holdout is not None:
             with self._aside(losses.device):
-                chosen = self.holdout.choose(samples, self.warming_up)
+                choice = self.holdout.choose(samples, self.warming_up)
         val_mask = torch.zeros(size, dtype=torch.bool, device=losses.device)
-        val_mask[chosen] = True
-        training = ~val_mask if chosen else None
+        training: Tensor | None = None
+        if choice is not None and choice.positions:
+            val_mask[choice.positions] = True
+            training = ~val_mask
         weights = self._weights(samples, training, graph=meta)
-        if self.holdout is not None:
-            self.holdout.put(samples, chosen)
+        if self.holdout is not None and choice is not None:
+            self.holdout.put(samples, choice)
         weighted: _Weighted | None = None
         val_loss: Tensor | None = None
         if meta:
@@ -481,12 +482,11 @@ class MetaReweighter:
             if self.order == "before":
                 val_loss = self._meta_update([weighted], self._virtual_gradients(losses, weights))
                 weights = self._weights(samples, training, graph=False)
-        loss = _weighted_mean(losses, weights)
+        loss, own = _weighted_mean(losses, weights)
         if weighted is not None and self.order == "after":
             loss.register_hook(partial(self._backward_through, weighted))
-        own = weights.everyone[weights.own].detach().to(losses.dtype)
         self.history.record(samples, own, val_mask, self.warming_up)
-        self.result = StepResult(loss.detach(), detached(outputs), own, val_mask, val_loss)
+        self.result = StepResult(loss.detach(), samples.outputs, own, val_mask, val_loss)
         return loss
 
     def _make_alike(self) -> None:
@@ -560,7 +560,7 @@ class MetaReweighter:
     def _virtual_gradients(self, losses: Tensor, weights: _Weights) -> Sequence[Tensor | None]:
         """The "before" order: the gradients of a step with the present φ, which will not be taken."""
         parameters = trained_parameters(self._network, self.optimizer)
-        loss = _weighted_mean(losses, weights)
+        loss, _ = _weighted_mean(losses, weights)
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         return averaged(gradients, 1.0 / processes())
 
@@ -582,11 +582,10 @@ class MetaReweighter:
             parameters = {name: parameter.detach() for name, parameter in held.items()}
             update = Update(self.optimizer, list(held.values()), gradients)
             after = dict(zip(parameters, update.parameters, strict=True))
-            buffers = buffer_copies(self._network)
-            validation = validation_gradient(self._network, self.loss_fn, batch, after, buffers, seed)
+            validation = validation_gradient(self._network, self.loss_fn, batch, after, seed)
             val_losses, _ = gathered(validation.losses)
             cotangents = averaged(validation.gradients, len(validation.losses) / len(val_losses))
-            if self._hypergradient == "unrolled":
+            if self.engine == "unrolled":
                 derivatives = [self._unrolled(weighted, batch, seed)]
             else:
                 u = dict(zip(parameters, update.transpose(cotangents), strict=True))
@@ -670,9 +669,10 @@ def _shared(weights: Tensor, training: Tensor | None) -> _Weights:
     return _Weights(normalised(both[:, 0], both[:, 1].bool()), own, int(both[:, 1].sum()))
 
 
-def _weighted_mean(losses: Tensor, weights: _Weights) -> Tensor:
+def _weighted_mean(losses: Tensor, weights: _Weights) -> tuple[Tensor, Tensor]:
+    """The weighted training loss, and the weights of this process's instances."""
     own = weights.everyone[weights.own].detach().to(losses.dtype)
-    return (own * losses).sum() / weights.share
+    return (own * losses).sum() / weights.share, own
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -290,10 +290,13 @@ STEPS: dict[str, Callable[[Task], Step]] = {
 }
 
 GRADIENTS: dict[str, Callable[[Task], Step]] = {
-    "ours, finite": partial(explicit, engine="finite"),
-    "ours, forward": partial(explicit, engine="forward"),
-    "ours, unrolled": partial(explicit, engine="unrolled"),
-    "higher": partial(peer_gradient, peer=HigherByHand),
-    "double backward": partial(peer_gradient, peer=DoubleBackward),
-    "TorchOpt": partial(peer_gradient, peer=TorchOpt),
+    "gradient: ours, finite": partial(explicit, engine="finite"),
+    "gradient: ours, forward": partial(explicit, engine="forward"),
+    "gradient: ours, unrolled": partial(explicit, engine="unrolled"),
+    "gradient: higher": partial(peer_gradient, peer=HigherByHand),
+    "gradient: double backward": partial(peer_gradient, peer=DoubleBackward),
+    "gradient: TorchOpt": partial(peer_gradient, peer=TorchOpt),
 }
+
+CONTENDERS = STEPS | GRADIENTS
+"""All of them, in the order that tables list them."""

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.isotonic import isotonic_regression
 
@@ -79,9 +80,14 @@ def draw(runs: Runs, summaries: Sequence[Summary], title: str, path: Path) -> No
         _accuracy_panel(left, frame, summaries)
         _margin_panel(right, margins)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="#555555")
-        image = io.BytesIO()
-        figure.savefig(image, format="png")
-        plt.close(figure)
+        save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, at once, and let go of it."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    plt.close(figure)
     write(path, image.getvalue())
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import results
-from benchmarks.speed import ORDER, summary
+from benchmarks.contenders import CONTENDERS
+from benchmarks.speed import summary
 from benchmarks.speed_figures import draw_growth
 
 STORED = Path("benchmarks/results")
@@ -78,7 +79,7 @@ def speed(stored: Path) -> str:
     if not sources:
         return "Not measured yet.\n"
     rows = [["", *columns], ["---", *["---:"] * len(columns)]]
-    rows += [[name, *(column.get(name, "–") for column in columns.values())] for name in ORDER]
+    rows += [[name, *(column.get(name, "–") for column in columns.values())] for name in CONTENDERS]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     versions = sources[0]["versions"]
     return (

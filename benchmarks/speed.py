@@ -31,7 +31,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from benchmarks.contenders import GRADIENTS, STEPS, Step, Task, erm, molere
+from benchmarks.contenders import CONTENDERS, Step, Task, erm, molere
 from benchmarks.models import MLP, build
 from benchmarks.provenance import provenance
 from benchmarks.results import write
@@ -43,9 +43,6 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 PEERS = ("betty-ml", "torchopt", "higher")
 PERIOD = 5
 """Steps timed at a go: one whole period of ``every=5``."""
-
-ORDER = (*STEPS, *(f"gradient: {name}" for name in GRADIENTS))
-"""The contenders as tables list them."""
 
 Models = Annotated[str, typer.Option(help="Comma-separated: conv, resnet20, mlp, vit-tiny, wrn-28-10, resnet50.")]
 Optimizers = Annotated[str, typer.Option(help="Comma-separated: sgd, adamw.")]
@@ -120,16 +117,16 @@ def made(factories: Mapping[str, Callable[[Task], Step]], task: Task) -> tuple[d
 
 
 def relative(frame: pd.DataFrame, keys: list[str], column: str = "seconds") -> pd.DataFrame:
-    """Adds ``ratio``: to the contender ERM of the same round and setting."""
+    """Adds ``ratio`` of a column: to the contender ERM of the same round and setting."""
     base = frame[frame.contender == "ERM"].set_index([*keys, "round"])[column]
     index = pd.MultiIndex.from_frame(frame[[*keys, "round"]])
     return frame.assign(ratio=frame[column].to_numpy() / base.reindex(index).to_numpy())
 
 
-def summary(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def summary(frame: pd.DataFrame, keys: list[str], column: str = "seconds") -> pd.DataFrame:
     """Median and quartiles of the ratio, by setting and contender."""
-    known = pd.CategoricalDtype([*ORDER, *sorted(set(frame.contender) - set(ORDER))], ordered=True)
-    frame = relative(frame, keys).astype({"contender": known})
+    known = pd.CategoricalDtype([*CONTENDERS, *sorted(set(frame.contender) - set(CONTENDERS))], ordered=True)
+    frame = relative(frame, keys, column).astype({"contender": known})
     grouped = frame.groupby([*keys, "contender"], sort=True, observed=True).ratio
     return grouped.quantile([0.25, 0.5, 0.75]).unstack().set_axis(["low", "median", "high"], axis=1).reset_index()
 
@@ -142,8 +139,8 @@ def _store(name: str, frame: pd.DataFrame, out: Path, device: str, also: dict[st
     write(out / f"speed-{name}-{device}.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _show(frame: pd.DataFrame, keys: list[str], title: str) -> None:
-    shown = summary(frame, keys)
+def _show(frame: pd.DataFrame, keys: list[str], title: str, column: str = "seconds") -> None:
+    shown = summary(frame, keys, column)
     table = Table(*keys, "contender", "relative to ERM", "quartiles", title=title)
     for row in shown.itertuples(index=False):
         table.add_row(
@@ -168,7 +165,7 @@ def steps(
     for model in models.split(","):
         for optimizer in optimizers.split(","):
             task = task_of(model, optimizer, device, batch)
-            contenders, errors = made(dict(zip(ORDER, [*STEPS.values(), *GRADIENTS.values()], strict=True)), task)
+            contenders, errors = made(CONTENDERS, task)
             measured = rounds(contenders, count, device)
             progress = track(measured, f"{model}, {optimizer}", total=len(contenders) * count, console=console)
             rows = [(model, optimizer, name, number, seconds) for number, name, seconds in progress]
@@ -188,7 +185,7 @@ def memory(
     """Peak memory of training, each contender in a process of its own."""
     for model in models.split(","):
         rows, errors = [], {}
-        for name in track(ORDER, model, console=console):
+        for name in track(CONTENDERS, model, console=console):
             child = [sys.executable, "-m", "benchmarks.speed", "peak", model, optimizer, name]
             done = subprocess.run(
                 [*child, "--batch", str(batch), "--device", device], capture_output=True, text=True, check=False
@@ -204,15 +201,13 @@ def memory(
             ("added", "Memory added by training at its peak"),
             ("whole", "Peak of the whole process"),
         ):
-            _show(frame.rename(columns={column: "seconds"}), ["model"], f"{title}, batch {batch}, {device}")
+            _show(frame, ["model"], f"{title}, batch {batch}, {device}", column)
 
 
 @app.command(hidden=True)
 def peak(model: str, optimizer: str, contender: str, batch: int = 128, device: str = "cpu") -> None:
     """Print the bytes that two periods of a contender's steps add at their peak, and the whole process's peak."""
     task = task_of(model, optimizer, device, batch)
-    name = contender.removeprefix("gradient: ")
-    factory = (STEPS if name == contender else GRADIENTS)[name]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -221,7 +216,7 @@ def peak(model: str, optimizer: str, contender: str, batch: int = 128, device: s
         small = task_of(model, optimizer, device, 2)
         erm(small)()
         before = _process_peak()
-    step = factory(task)
+    step = CONTENDERS[contender](task)
     for _ in range(2 * PERIOD):
         step()
     after = torch.cuda.max_memory_allocated() if device == "cuda" else _process_peak()

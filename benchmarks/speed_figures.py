@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from benchmarks.figures import COLOURS, STYLE
-from benchmarks.results import write
+from benchmarks.figures import COLOURS, STYLE, save
 
 
 def draw_growth(frame: pd.DataFrame, ratios: pd.DataFrame, path: Path) -> None:
@@ -25,7 +23,7 @@ def draw_growth(frame: pd.DataFrame, ratios: pd.DataFrame, path: Path) -> None:
     buffer = frame[frame.varied == "buffer capacity"]
     with plt.rc_context(STYLE):
         panels = list(ours.varied.unique())
-        figure, grid = plt.subplots(2, (len(panels) + 2) // 2, figsize=(11, 5.6), layout="constrained")
+        figure, grid = plt.subplots(2, (len(panels) + 2) // 2, figsize=(11, 5.6), layout="constrained", dpi=150)
         for axes, varied in zip(grid.flat, panels, strict=False):
             part = ours[ours.varied == varied].astype({"value": float})
             axes.fill_between(part.value, part.low, part.high, color=COLOURS["MOLERE"], alpha=0.2, linewidth=0)
@@ -50,10 +48,7 @@ def draw_growth(frame: pd.DataFrame, ratios: pd.DataFrame, path: Path) -> None:
         axes.set(title="buffer capacity", ylabel="µs, 13 in, 128 drawn, 13 out", ylim=(0, None))
         _logarithmic(axes, medians.index)
         axes.margins(x=0.25)
-        image = io.BytesIO()
-        figure.savefig(image, dpi=150, format="png")
-        plt.close(figure)
-    write(path, image.getvalue())
+        save(figure, path)
 
 
 def _logarithmic(axes: Axes, values: pd.Index | pd.Series) -> None:

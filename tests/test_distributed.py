@@ -142,8 +142,7 @@ def test_a_loss_refused_by_one_rank_is_refused_by_all(tmp_path):
     assert in_two_processes(tmp_path, refused) == [True, True]
 
 
-def test_the_mean_over_ranks_is_what_ddp_takes():
-    """One process without torch.distributed: nothing is divided or gathered."""
+def test_one_process_divides_and_gathers_nothing():
     from torch_molere.distributed import anywhere, averaged, gathered, processes
 
     x = torch.arange(3.0)

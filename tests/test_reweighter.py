@@ -51,6 +51,14 @@ class Scores(nn.Module):
         return self.scores
 
 
+def exposed(model, optimizer, weighting, lr=1.0, **options):
+    """A reweighter that moves φ by ``lr`` times its meta-gradient, at every step unless told otherwise."""
+    settings = {"warmup_steps": 0, "every": 1} | options
+    return MetaReweighter(
+        model, optimizer, weighting=weighting, weighting_optimizer=lambda p: torch.optim.SGD(p, lr=lr), **settings
+    )
+
+
 @pytest.mark.parametrize("order", ["after", "before"])
 @pytest.mark.parametrize("engine", ["forward", "finite", "unrolled"])
 def test_both_orders_equal_higher(order, engine):
@@ -124,15 +132,13 @@ def test_meta_gradient_is_that_of_the_training_side(order, engine):
     model, weighting = classifier(), Scores(12)
     del model[3]
     optimizer = sgd(model)
-    reweighter = MetaReweighter(
+    reweighter = exposed(
         model,
         optimizer,
-        weighting=weighting,
-        weighting_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        weighting,
         splitter=MarginSplitter(),
         val_fraction=0.3,
         warmup_steps=2,
-        every=1,
         order=order,
         hypergradient=engine,
         val_batch_size=100,
@@ -190,16 +196,7 @@ def test_accumulated_gradients(engine):
         torch.manual_seed(3)
         nn.init.normal_(weighting.scores.weight)
         optimizer = sgd(model)
-        reweighter = MetaReweighter(
-            model,
-            optimizer,
-            weighting=weighting,
-            weighting_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
-            validation=batches(1, seed=5),
-            warmup_steps=0,
-            every=1,
-            hypergradient=engine,
-        )
+        reweighter = exposed(model, optimizer, weighting, validation=batches(1, seed=5), hypergradient=engine)
         (x, y), rows = batches(1, size=24)[0], torch.arange(24)
         # The same normalisation either way: equal sums of raw weights in both halves.
         with torch.no_grad():
@@ -253,14 +250,13 @@ def test_a_gradient_scaler_changes_nothing_but_skips_what_overflows():
         weighting = Scores(12)
         optimizer = sgd(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=scaled)
-        reweighter = MetaReweighter(
+        reweighter = exposed(
             model,
             optimizer,
-            weighting=weighting,
-            weighting_optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
+            weighting,
+            lr=0.5,
             validation=batches(1, seed=5),
             warmup_steps=1,
-            every=1,
             hypergradient="forward",
             scaler=scaler if scaled else None,
         )
@@ -554,15 +550,8 @@ def test_auto_serves_models_with_and_without_forward_mode_rules(kind, caplog):
     """φ's gradient in float32 is that of the exact engine (unrolled by hand) to a finite difference's accuracy."""
     model = MODELS[kind]()
     weighting = Scores(12).float()
-    reweighter = MetaReweighter(
-        model,
-        sgd(model),
-        weighting=weighting,
-        weighting_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
-        validation=[(x.float(), y) for x, y in batches(1, seed=3)],
-        warmup_steps=0,
-        every=1,
-    )
+    validation = [(x.float(), y) for x, y in batches(1, seed=3)]
+    reweighter = exposed(model, sgd(model), weighting, validation=validation)
     (x, y), scores = batches(1)[0], weighting.scores.detach().clone().requires_grad_()
     twin = copy.deepcopy(model)
     with caplog.at_level(logging.INFO, logger="torch_molere"):
@@ -642,16 +631,8 @@ def test_reduced_precision_losses_are_no_base_of_a_difference(where):
             model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         weighting = Scores(12).float()
-        reweighter = MetaReweighter(
-            model,
-            optimizer,
-            weighting=weighting,
-            weighting_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
-            validation=[(x.float(), y) for x, y in batches(1, seed=3)],
-            warmup_steps=0,
-            every=1,
-            hypergradient=engine,
-        )
+        validation = [(x.float(), y) for x, y in batches(1, seed=3)]
+        reweighter = exposed(model, optimizer, weighting, validation=validation, hypergradient=engine)
         x, y = batches(1)[0]
         start = weighting.scores.detach().clone()
         with torch.autocast("cpu", torch.bfloat16, enabled=where != "inside the model"):
@@ -665,6 +646,21 @@ def test_reduced_precision_losses_are_no_base_of_a_difference(where):
             assert reweighter.engine == "forward"
     first, exact = found
     assert (first - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_compiled_model_trains_as_the_plain_one():
+    """The reweighter's own forwards go to the module inside (the eager backend computes the same bits)."""
+    states = []
+    for compiled in (False, True):
+        model = classifier()
+        network = torch.compile(model, backend="eager") if compiled else model
+        reweighter = MetaReweighter(network, sgd(model), warmup_steps=2, every=2)
+        torch.manual_seed(3)
+        for batch in batches(8):
+            reweighter.step(batch)
+        assert reweighter.result.val_loss is None
+        states.append((model.state_dict(), reweighter.state_dict()))
+    assert_same(states[0], states[1])
 
 
 def test_evaluation_gets_the_plain_loss_and_changes_nothing():

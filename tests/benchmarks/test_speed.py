@@ -7,7 +7,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import speed
-from benchmarks.contenders import GRADIENTS, STEPS, DoubleBackward, HigherByHand, Task, explicit
+from benchmarks.contenders import CONTENDERS, DoubleBackward, HigherByHand, Task, explicit
 from benchmarks.speed_figures import draw_growth
 
 
@@ -21,13 +21,15 @@ def small(optimizer="sgd"):
 def test_contenders_run_or_say_why_not(optimizer):
     torch.set_default_dtype(torch.double)
     try:
-        steps, errors = speed.made({**STEPS, **GRADIENTS}, small(optimizer))
+        steps, errors = speed.made(CONTENDERS, small(optimizer))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {name for name in steps if "MOLERE" in name or "LRW" in name or "ours" in name} >= {"ours, forward"}
+    assert {name for name in steps if "MOLERE" in name or "LRW" in name or "ours" in name} >= {
+        "gradient: ours, forward"
+    }
     # Peers that are not installed, or do not know AdamW; ours always run, but for higher's engine on AdamW.
     ours = {name for name in errors if "MOLERE" in name or "LRW" in name or "ours" in name}
-    assert ours == ({"LRW, every 1, unrolled", "ours, unrolled"} if optimizer == "adamw" else set())
+    assert ours == ({"LRW, every 1, unrolled", "gradient: ours, unrolled"} if optimizer == "adamw" else set())
     assert all(errors.values())
 
 

@@ -658,7 +658,7 @@ def test_a_compiled_model_trains_as_the_plain_one():
         torch.manual_seed(3)
         for batch in batches(8):
             reweighter.step(batch)
-        assert reweighter.result.val_loss is None
+        assert reweighter.engine == "finite"
         states.append((model.state_dict(), reweighter.state_dict()))
     assert_same(states[0], states[1])
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import in_processes
 from same import assert_same
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -92,18 +92,6 @@ def refused(rank):
     return True
 
 
-def _rank(rank, folder, function, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(function(rank, *arguments[0], **arguments[1]), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def in_two_processes(folder, function, *positional, **named):
-    mp.spawn(_rank, (folder, function, (positional, named)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
 @pytest.mark.parametrize(
     ("order", "engine", "phi", "cut"),
     [
@@ -114,10 +102,10 @@ def in_two_processes(folder, function, *positional, **named):
         ("after", "auto", "free", 8),
     ],
 )
-def test_two_halves_are_a_whole(tmp_path, order, engine, phi, cut):
+def test_two_halves_are_a_whole(order, engine, phi, cut):
     options = {"order": order, "hypergradient": engine, "phi": phi}
     whole = train(None, cut, **options)
-    first, second = in_two_processes(tmp_path, train, cut, **options)
+    first, second = in_processes(2, train, cut, **options)
     tolerance = {"rtol": 1e-9, "atol": 1e-11} if engine == "forward" else {"rtol": 1e-5, "atol": 1e-7}
     for rank in (first, second):
         assert_same(rank[:2], whole[:2], **tolerance)
@@ -128,8 +116,8 @@ def test_two_halves_are_a_whole(tmp_path, order, engine, phi, cut):
         assert_same(torch.cat([a, b]), both, **tolerance)
 
 
-def test_networks_stay_the_same_on_all_ranks_with_buffers_of_their_own(tmp_path):
-    (first, sent, held, engine), (second, also_sent, also_held, also_engine) = in_two_processes(tmp_path, held_out)
+def test_networks_stay_the_same_on_all_ranks_with_buffers_of_their_own():
+    (first, sent, held, engine), (second, also_sent, also_held, also_engine) = in_processes(2, held_out)
     assert_same(first, second)
     assert engine == also_engine == "finite"
     assert held > 0
@@ -138,8 +126,8 @@ def test_networks_stay_the_same_on_all_ranks_with_buffers_of_their_own(tmp_path)
     assert 0.5 * 0.25 * 480 - 40 <= sum(sent) + sum(also_sent) <= 1.5 * 0.25 * 480 + 2
 
 
-def test_a_loss_refused_by_one_rank_is_refused_by_all(tmp_path):
-    assert in_two_processes(tmp_path, refused) == [True, True]
+def test_a_loss_refused_by_one_rank_is_refused_by_all():
+    assert in_processes(2, refused) == [True, True]
 
 
 def test_one_process_divides_and_gathers_nothing():

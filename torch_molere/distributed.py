@@ -42,7 +42,11 @@ def gathered(rows: Tensor) -> tuple[Tensor, slice]:
 
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up in any process."""
-    return flag if processes() == 1 else bool(gathered(torch.tensor([flag], device=device))[0].any())
+    if processes() == 1:
+        return flag
+    raised = torch.tensor(int(flag), device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised)
 
 
 def averaged(tensors: Sequence[Tensor | None], share: float) -> list[Tensor | None]:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torch_molere.sharded import is_sharded, standing_in
+
 LossFn = Callable[[Any, Any], Tensor]
 """``loss_fn(outputs, targets) -> (B,)``: one loss for each instance."""
 
@@ -164,7 +166,12 @@ def evaluate(
 ) -> Any:
     """The model's outputs with other parameters and buffers (by name) standing in for its own.
 
-    The forward updates copies of ``buffers`` in place, so neither they nor the model's own change.
+    The forward updates copies of ``buffers`` in place, so neither they nor the model's own change. A model sharded by
+    FSDP2 is evaluated without gradients.
     """
+    if is_sharded(model):
+        positional, named = arguments
+        with torch.no_grad(), standing_in(model, parameters, buffers):
+            return model(*positional, **named)
     stand_ins = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
     return torch.func.functional_call(model, stand_ins, *arguments)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from torch_molere.distributed import averaged, gathered, processes
 from torch_molere.evaluation import (
     Arguments,
     LossFn,
@@ -37,6 +38,7 @@ from torch_molere.evaluation import (
     per_sample_losses,
     preserved_randomness,
 )
+from torch_molere.sharded import any_sharded, is_sharded, standing_in, whole
 from torch_molere.update import Update, check_differentiable
 
 Engine = Literal["auto", "forward", "finite", "unrolled"]
@@ -81,8 +83,10 @@ def forward_mode(forward: TrainingForward, parameters: dict[str, Tensor], direct
     Attention runs on PyTorch's MATH kernel, the one that has a forward-mode rule.
 
     Raises:
-        NotImplementedError: if an operation of the model has no forward-mode rule.
+        NotImplementedError: if an operation of the model has no forward-mode rule, or the model is sharded by FSDP2.
     """
+    if any_sharded(parameters.values()):
+        raise NotImplementedError("FSDP2 gathers the values of its own parameters, without their derivatives")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # PyTorch scripts its own forward-mode rules at the first use, and warns of its own deprecation.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
@@ -104,7 +108,7 @@ def finite_difference(
     Raises:
         TypeError: if the parameters have less than single precision, in which no step is both small and visible.
     """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction.values()))))
+    norm = whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction.values())))))
     precision = min((u.dtype for u in direction.values()), key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(precision).bits < 32:
         raise TypeError(f"the finite engine needs float32 or float64 parameters, got {precision}; use engine='forward'")
@@ -120,9 +124,13 @@ def finite_difference(
 
 @dataclass(frozen=True)
 class ValidationGradient:
-    """A validation batch at θ⁺: its losses, ∇ of their mean (None where it does not reach), and the outputs."""
+    """A validation batch at θ⁺: its losses, their mean and its gradient (None where it does not reach), the outputs.
+
+    Where several processes train together, mean and gradient are of all their batches.
+    """
 
     losses: Tensor
+    mean: Tensor
     gradients: list[Tensor | None]
     outputs: Any
 
@@ -133,15 +141,38 @@ def validation_gradient(
     batch: tuple[Arguments, Any],
     parameters: Mapping[str, Tensor],
     seed: int | None = None,
+    together: bool = True,
 ) -> ValidationGradient:
-    """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched."""
-    arguments, targets = batch
-    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+    """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched.
+
+    Args:
+        model: the classifier.
+        loss_fn: per-sample losses.
+        batch: the validation batch of this process.
+        parameters: by name.
+        seed: of the forward's random numbers; None goes on with the global ones.
+        together: average over the batches of all processes.
+    """
+    (positional, named), targets = batch
     with torch.enable_grad(), preserved_randomness(device_of(model), seed):
-        outputs = evaluate(model, arguments, leaves, dict(model.named_buffers()))
-        losses = per_sample_losses(loss_fn, outputs, targets)
-        gradients = torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
-    return ValidationGradient(losses.detach(), list(gradients), detached(outputs))
+        if is_sharded(model):
+            with standing_in(model, parameters, dict(model.named_buffers())) as own:
+                outputs = model(*positional, **named)
+                losses = per_sample_losses(loss_fn, outputs, targets)
+                everyone, _ = gathered(losses.detach())
+                # FSDP2's own reduction is the mean over the processes.
+                (losses.sum() * (processes() / len(everyone))).backward()
+                gradients = [own[name].grad for name in parameters]
+        else:
+            leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+            outputs = evaluate(model, batch[0], leaves, dict(model.named_buffers()))
+            losses = per_sample_losses(loss_fn, outputs, targets)
+            gradients = list(torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True))
+            everyone = losses.detach()
+            if together:
+                everyone, _ = gathered(everyone)
+                gradients = averaged(gradients, len(losses) / len(everyone))
+    return ValidationGradient(losses.detach(), everyone.mean(), gradients, detached(outputs))
 
 
 def hypergradient(
@@ -176,10 +207,14 @@ def hypergradient(
     Returns:
         ``(B,)`` of the dtype of ``weights``, detached.
 
+    Where several processes train together, this is of the calling one's batches alone.
+
     Raises:
-        TypeError: for an optimizer that cannot be differentiated.
+        TypeError: for an optimizer that cannot be differentiated, or a model sharded by FSDP2.
         ValueError: for an argument out of its range, or an optimizer that holds none of the model's parameters.
     """
+    if is_sharded(model):
+        raise TypeError("model is sharded by FSDP2, whose parameters only training gathers; use MetaReweighter")
     loss_fn = cross_entropy if loss_fn is None else loss_fn
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
@@ -207,7 +242,7 @@ def hypergradient(
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     update = Update(optimizer, list(parameters.values()), gradients)
     after = dict(zip(names, update.parameters, strict=True))
-    cotangents = validation_gradient(model, loss_fn, validation, after).gradients
+    cotangents = validation_gradient(model, loss_fn, validation, after, together=False).gradients
     direction = dict(zip(names, update.transpose(cotangents), strict=True))
     derivative: Tensor
     if engine == "finite":

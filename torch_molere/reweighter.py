@@ -45,6 +45,7 @@ from torch_molere.hypergradients import (
     validation_gradient,
 )
 from torch_molere.samples import CorrectFn, Samples, default_correct
+from torch_molere.sharded import check_sharded, check_synchronised
 from torch_molere.splitting import LearnedSplitter
 from torch_molere.update import Update, check_differentiable
 from torch_molere.validation import FixedValidation
@@ -205,6 +206,7 @@ class MetaReweighter:
             _check_count("val_batch_size", val_batch_size, 1)
         trained_parameters(model, optimizer)
         check_differentiable(optimizer)
+        check_sharded(model, hypergradient, order)
         if hypergradient == "unrolled":
             check_unrollable(optimizer)
 
@@ -456,6 +458,7 @@ class MetaReweighter:
         size = losses.shape[0]
         if size == 0:
             raise ValueError("batch must have at least one instance, got none")
+        check_synchronised(self._network)
         self._make_alike()
         _check_finite(losses.detach())
         samples = self._samples(call.arguments, outputs, targets, losses.detach(), _checked_indices(indices, losses))
@@ -538,7 +541,7 @@ class MetaReweighter:
 
     def _backward_through(self, weighted: _Weighted, gradient: Tensor) -> None:
         """Hook of a loss: it is part of the next update from now on, and alone so where there are no gradients yet."""
-        if all(p.grad is None for p in trained_parameters(self._network, self.optimizer).values()):
+        if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
             self._weighted = []  # of an update that was skipped
         # A scaler takes its factor out of the gradients before the optimizer sees them.
         weighted.scale = gradient.detach() / (1.0 if self.scaler is None else self.scaler.get_scale())
@@ -583,18 +586,16 @@ class MetaReweighter:
             update = Update(self.optimizer, list(held.values()), gradients)
             after = dict(zip(parameters, update.parameters, strict=True))
             validation = validation_gradient(self._network, self.loss_fn, batch, after, seed)
-            val_losses, _ = gathered(validation.losses)
-            cotangents = averaged(validation.gradients, len(validation.losses) / len(val_losses))
             if self.engine == "unrolled":
                 derivatives = [self._unrolled(weighted, batch, seed)]
             else:
-                u = dict(zip(parameters, update.transpose(cotangents), strict=True))
+                u = dict(zip(parameters, update.transpose(validation.gradients), strict=True))
                 derivatives = [
                     self._directional_derivative(w.forward, parameters, u, w.losses) / w.weights.count * w.scale
                     for w in weighted
                 ]
             derivatives = [gathered(derivative)[0] for derivative in derivatives]
-        val_loss = val_losses.mean()
+        val_loss = validation.mean
         if bool(torch.isfinite(torch.stack([val_loss, *(d.sum() for d in derivatives)])).all()):
             self._learn(weighted, derivatives, validation, batch, slots)
         else:

@@ -78,6 +78,28 @@ def held_out(rank):
     return networks, sent, len(reweighter.buffer), reweighter.engine
 
 
+def passed_around(rank, buffer_size):
+    """Rows that change between processes at every epoch: after each step, what each trained on and holds."""
+    network = DistributedDataParallel(classifier())
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    reweighter = MetaReweighter(
+        network, optimizer, warmup_steps=4, every=2, val_fraction=0.2, splitter_lr=0.05, buffer_size=buffer_size
+    )
+    inputs, targets = batch(0, 60)
+    steps = []
+    for epoch in range(6):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
+        for rows in order[rank :: dist.get_world_size()].split(10):
+            reweighter.optimizer.zero_grad()
+            reweighter.loss(network(inputs[rows]), targets[rows], rows).backward()
+            held = set(reweighter.buffer.rows)  # before this step's meta-update releases some
+            elsewhere = {row for row in range(60) if row in reweighter.holdout.elsewhere}
+            optimizer.step()
+            mask = reweighter.result.val_mask
+            steps.append((set(rows[~mask].tolist()), set(rows[mask].tolist()), held, elsewhere))
+    return steps
+
+
 def refused(rank):
     """A loss that is not finite on one rank is refused on both."""
     network = DistributedDataParallel(classifier())
@@ -124,6 +146,28 @@ def test_networks_stay_the_same_on_all_ranks_with_buffers_of_their_own():
     assert also_held > 0
     # Together they keep to δ = 1/4 of 40 rows a step.
     assert 0.5 * 0.25 * 480 - 40 <= sum(sent) + sum(also_sent) <= 1.5 * 0.25 * 480 + 2
+
+
+@pytest.mark.parametrize(("number", "buffer_size"), [(2, 2048), (3, 2048), (2, 7)])
+def test_a_row_held_by_one_process_is_trained_on_by_none(number, buffer_size):
+    """... and held by none but that one, whichever of them the sampler hands it to."""
+    ranks = in_processes(number, passed_around, buffer_size)
+    moved = 0
+    holders = {}
+    for step in zip(*ranks, strict=True):
+        trained, sent, held, elsewhere = zip(*step, strict=True)
+        union = set().union(*held)
+        assert not union & set().union(*trained)
+        assert len(union) == sum(map(len, held)) <= buffer_size + number
+        for rank in range(number):
+            assert sent[rank] <= held[rank] or buffer_size < 60
+            assert elsewhere[rank] == union - held[rank]
+            for row in held[rank]:
+                moved += holders.get(row, rank) != rank
+                holders[row] = rank
+        # Some are held that were not in this step's batches: membership survives epochs.
+    assert moved > 0
+    assert any(step[2] - step[1] for step in ranks[0])
 
 
 def test_a_loss_refused_by_one_rank_is_refused_by_all():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torch_molere.distributed import processes
 from torch_molere.evaluation import batch_size, move
 
 LABEL_TOLERANCE = 0.25
@@ -29,8 +30,8 @@ class ValidationBuffer:
     the class has its share already, any other where not.
 
     Args:
-        capacity: the most instances it holds.
-        max_bytes: the most memory its storage may take; lowers the capacity where instances are large.
+        capacity: the most instances it holds; where several processes train together, all their buffers together.
+        max_bytes: the most memory its storage may take, together too; lowers the capacity where instances are large.
         seed: of its draws.
     """
 
@@ -39,8 +40,8 @@ class ValidationBuffer:
             raise ValueError(f"buffer_size must be a positive number of samples, got {capacity!r}")
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"buffer_bytes must be a positive number of bytes, got {max_bytes!r}")
-        self.capacity = capacity
-        self.max_bytes = max_bytes
+        self.capacity = -(-capacity // processes())
+        self.max_bytes = -(-max_bytes // processes())
         self._random = np.random.default_rng(seed)
         self._storage: list[Tensor] = []
         self._spec: Any = None  # how a batch's leaves go together
@@ -48,6 +49,7 @@ class ValidationBuffer:
         self._classes: list[int] = []  # by slot
         self._rows: list[int | None] = []  # by slot
         self._slot_of_row: dict[int, int] = {}
+        self._departed: list[int] = []  # rows
         self._slots_of_class: dict[int, list[int]] = {}
         self._place_in_class: list[int] = []  # by slot
         self._seen: dict[int, int] = {}  # how often the stream showed each class
@@ -68,6 +70,11 @@ class ValidationBuffer:
     def rows(self) -> list[int]:
         """The dataset rows held, in no particular order; those that came without an index are left out."""
         return list(self._slot_of_row)
+
+    def departed(self) -> list[int]:
+        """The rows that it has let go of since this was last asked."""
+        departed, self._departed = self._departed, []
+        return departed
 
     def class_counts(self) -> dict[int, int]:
         """How many instances of each class it holds."""
@@ -224,6 +231,7 @@ class ValidationBuffer:
         row = self._rows[slot]
         if row is not None:
             del self._slot_of_row[row]
+            self._departed.append(row)
 
     def _drop(self, slot: int) -> None:
         self._leave_class(slot)
@@ -269,6 +277,7 @@ class ValidationBuffer:
         self._slot_of_row = {row: slot for slot, row in enumerate(self._rows) if row is not None}
         self._seen = dict(state["seen"])
         self._seen_total = sum(self._seen.values())
+        self._departed = []
         self._random.bit_generator.state = state["random"]
         self._storage, self._spec, self._leaves = [], None, []
         if state["held"] is not None:

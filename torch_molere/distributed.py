@@ -49,14 +49,24 @@ def anywhere(flag: bool, device: torch.device) -> bool:
     return bool(raised)
 
 
+def everyones(numbers: Sequence[int], device: torch.device) -> tuple[list[list[int]], int]:
+    """The integers that each process gives, by rank, and this process's rank."""
+    if processes() == 1:
+        return [list(numbers)], 0
+    rank = dist.get_rank()
+    whole, _ = gathered(torch.tensor([(rank, number) for number in numbers], device=device).reshape(-1, 2).long())
+    told: list[list[int]] = [[] for _ in range(processes())]
+    for by, number in whole.tolist():
+        told[by].append(number)
+    return told, rank
+
+
 def averaged(tensors: Sequence[Tensor | None], share: float) -> list[Tensor | None]:
     """``Σ share · tensor`` over the processes, whose shares sum to one; None stays None."""
     if processes() == 1:
         return list(tensors)
     scaled = [None if tensor is None else tensor * share for tensor in tensors]
-    for tensor in scaled:
-        if tensor is not None:
-            dist.all_reduce(tensor)
+    _sum_together([tensor for tensor in scaled if tensor is not None])
     return scaled
 
 
@@ -64,6 +74,7 @@ def sum_gradients(module: nn.Module) -> None:
     """Add up the gradients of a network that every process holds."""
     if processes() == 1:
         return
+    dense = []
     for parameter in module.parameters():
         if parameter.grad is None:
             continue
@@ -72,7 +83,8 @@ def sum_gradients(module: nn.Module) -> None:
             rows, values = gathered(local.indices().T)[0].T, gathered(local.values())[0]
             parameter.grad = torch.sparse_coo_tensor(rows, values, local.shape, check_invariants=False)
         else:
-            dist.all_reduce(parameter.grad)
+            dense.append(parameter.grad)
+    _sum_together(dense)
 
 
 def broadcast(module: nn.Module) -> None:
@@ -80,6 +92,16 @@ def broadcast(module: nn.Module) -> None:
     if processes() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0)
+
+
+def _sum_together(tensors: Sequence[Tensor]) -> None:
+    """Add up each tensor over the processes, in place, in one message for each dtype: latency counts, not tensors."""
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        message = torch.cat([tensor.flatten() for tensor in alike])
+        dist.all_reduce(message)
+        for tensor, part in zip(alike, message.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _sent(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch_molere.buffer import Quota, ValidationBuffer
 from torch_molere.distributed import sum_gradients
 from torch_molere.evaluation import Arguments
+from torch_molere.membership import HeldElsewhere
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
 
@@ -31,8 +32,8 @@ class Choice:
 class HoldOut:
     """Sends instances of each batch to a bounded validation buffer, as the splitter says and the quota allows.
 
-    A dataset row is validation exactly as long as the buffer holds it; an instance without an index, for the encounter
-    that put it there.
+    A dataset row is validation exactly as long as a buffer holds it, its own or, where several processes train
+    together, that of another; an instance without an index, for the encounter that put it there.
 
     Args:
         splitter: Θ.
@@ -55,6 +56,7 @@ class HoldOut:
         self.buffer = buffer
         self.warmup_splitter = RandomSplitter(val_fraction, seed)
         self.quota = Quota(val_fraction)
+        self.elsewhere = HeldElsewhere()
 
     def choose(self, samples: Samples, warming_up: bool) -> Choice:
         """Which instances go to validation; nothing changes yet.
@@ -69,7 +71,10 @@ class HoldOut:
         rows = None if samples.indices is None else samples.indices.tolist()
         classes = [0] * len(p) if samples.classes is None else samples.classes.tolist()
         low, high = self.quota.bounds(len(p))
-        held = [rows is not None and rows[i] in self.buffer for i in range(len(p))]
+        held = [False] * len(p)
+        if rows is not None:
+            self.elsewhere.meet(self.buffer.rows, samples.losses.device)
+            held = [row in self.buffer or row in self.elsewhere for row in rows]
         shares = self.buffer.shares(classes)
         added: dict[int, int] = {}
         chosen: list[int] = []
@@ -95,9 +100,15 @@ class HoldOut:
             [classes[i] for i in chosen],
             None if rows is None else [rows[i] for i in chosen],
         )
+        departed = self.buffer.departed()
         if rows is not None:
             out = {rows[i] for i in chosen}
-            self.buffer.release_rows((row for row in rows if row not in out), keep=LEAST)
+            trained = [row for row in rows if row not in out]
+            self.buffer.release_rows(trained, keep=LEAST)
+            came = [row for row in out if row in self.buffer]
+            gone = self.elsewhere.tell(came, [*departed, *trained], samples.losses.device)
+            self.buffer.release_rows(gone, keep=LEAST)
+            self.buffer.departed()  # the others know
 
     def draw(self, count: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
         """Up to ``count`` instances and their slots, or None while fewer than :data:`LEAST` are held."""
@@ -143,4 +154,5 @@ class HoldOut:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.buffer.load_state_dict(state["buffer"], device)
+        self.elsewhere = HeldElsewhere()
         self.quota.load_state_dict(state["quota"])

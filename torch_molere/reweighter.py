@@ -138,8 +138,8 @@ class MetaReweighter:
         every: Q, a meta-update at every Q-th step.
         warmup_steps: steps of plain training first, with a random split; the paper warms up for a quarter of training.
         val_batch_size: instances drawn from the buffer for a meta-update; default as many as the training batch has.
-        buffer_size: the most instances the buffer holds.
-        buffer_bytes: the most memory it takes.
+        buffer_size: the most instances the buffer holds, over all processes that train together.
+        buffer_bytes: the most memory it takes, over all of them.
         weighting_lr, splitter_lr: learning rates of the default optimizers of φ and Θ (Adam).
         weighting_optimizer, splitter_optimizer: make another one from a list of parameters, for instance
             ``functools.partial(torch.optim.SGD, lr=0.1)``.

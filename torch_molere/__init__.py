@@ -1,5 +1,6 @@
 """Learned reweighting with hard validation samples (MOLERE) for any PyTorch training loop."""
 
+from torch_molere.distributed_state import DistributedState
 from torch_molere.hypergradients import hypergradient
 from torch_molere.margins import margins, probabilistic_margin, split_by_margin
 from torch_molere.reweighter import MetaReweighter, StepResult
@@ -9,6 +10,7 @@ from torch_molere.weighting import FreeWeighting, InputWeighting, SignalWeightin
 
 __version__ = "0.1.0"
 __all__ = [
+    "DistributedState",
     "FreeWeighting",
     "InputWeighting",
     "LearnedSplitter",

@@ -86,7 +86,7 @@ def passed_around(rank, buffer_size):
         network, optimizer, warmup_steps=4, every=2, val_fraction=0.2, splitter_lr=0.05, buffer_size=buffer_size
     )
     inputs, targets = batch(0, 60)
-    steps = []
+    steps, seen, sent = [], {}, {}
     for epoch in range(6):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
         for rows in order[rank :: dist.get_world_size()].split(10):
@@ -96,8 +96,12 @@ def passed_around(rank, buffer_size):
             elsewhere = {row for row in range(60) if row in reweighter.holdout.elsewhere}
             optimizer.step()
             mask = reweighter.result.val_mask
+            for row, held_out in zip(rows.tolist(), mask.tolist(), strict=True):
+                seen[row] = seen.get(row, 0) + 1
+                sent[row] = sent.get(row, 0) + held_out
             steps.append((set(rows[~mask].tolist()), set(rows[mask].tolist()), held, elsewhere))
-    return steps
+    table = reweighter.history.together().table()
+    return steps, seen, sent, table
 
 
 def refused(rank):
@@ -151,7 +155,7 @@ def test_networks_stay_the_same_on_all_ranks_with_buffers_of_their_own():
 @pytest.mark.parametrize(("number", "buffer_size"), [(2, 2048), (3, 2048), (2, 7)])
 def test_a_row_held_by_one_process_is_trained_on_by_none(number, buffer_size):
     """... and held by none but that one, whichever of them the sampler hands it to."""
-    ranks = in_processes(number, passed_around, buffer_size)
+    ranks, seen, held_out, tables = zip(*in_processes(number, passed_around, buffer_size), strict=True)
     moved = 0
     holders = {}
     for step in zip(*ranks, strict=True):
@@ -168,6 +172,11 @@ def test_a_row_held_by_one_process_is_trained_on_by_none(number, buffer_size):
         # Some are held that were not in this step's batches: membership survives epochs.
     assert moved > 0
     assert any(step[2] - step[1] for step in ranks[0])
+    for table in tables:  # what the history tells of all processes
+        assert table["row"].tolist() == list(range(60))
+        assert table["seen"].tolist() == [sum(own.get(row, 0) for own in seen) for row in range(60)]
+        often = [sum(own.get(row, 0) for own in held_out) for row in range(60)]
+        assert_same(table["held_out"] * table["seen"], torch.tensor(often).float(), rtol=1e-6, atol=0)
 
 
 def test_a_loss_refused_by_one_rank_is_refused_by_all():

@@ -65,9 +65,22 @@ def averaged(tensors: Sequence[Tensor | None], share: float) -> list[Tensor | No
     """``Σ share · tensor`` over the processes, whose shares sum to one; None stays None."""
     if processes() == 1:
         return list(tensors)
-    scaled = [None if tensor is None else tensor * share for tensor in tensors]
-    _sum_together([tensor for tensor in scaled if tensor is not None])
-    return scaled
+    found = iter(summed([tensor * share for tensor in tensors if tensor is not None]))
+    return [None if tensor is None else next(found) for tensor in tensors]
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's sum over the processes, in one message for each dtype: it is the latency of messages that counts."""
+    if processes() == 1:
+        return list(tensors)
+    found: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        alike = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        message = torch.cat([tensors[place].detach().flatten() for place in alike])
+        dist.all_reduce(message)
+        parts = message.split([tensors[place].numel() for place in alike])
+        found |= {place: part.view(tensors[place].shape) for place, part in zip(alike, parts, strict=True)}
+    return [found[place] for place in range(len(tensors))]
 
 
 def sum_gradients(module: nn.Module) -> None:
@@ -83,8 +96,9 @@ def sum_gradients(module: nn.Module) -> None:
             rows, values = gathered(local.indices().T)[0].T, gathered(local.values())[0]
             parameter.grad = torch.sparse_coo_tensor(rows, values, local.shape, check_invariants=False)
         else:
-            dense.append(parameter.grad)
-    _sum_together(dense)
+            dense.append(parameter)
+    for parameter, gradient in zip(dense, summed([p.grad for p in dense if p.grad is not None]), strict=True):
+        parameter.grad = gradient
 
 
 def broadcast(module: nn.Module) -> None:
@@ -92,16 +106,6 @@ def broadcast(module: nn.Module) -> None:
     if processes() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0)
-
-
-def _sum_together(tensors: Sequence[Tensor]) -> None:
-    """Add up each tensor over the processes, in place, in one message for each dtype: latency counts, not tensors."""
-    for dtype in {tensor.dtype: None for tensor in tensors}:
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        message = torch.cat([tensor.flatten() for tensor in alike])
-        dist.all_reduce(message)
-        for tensor, part in zip(alike, message.split([tensor.numel() for tensor in alike]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 def _sent(dtype: torch.dtype) -> torch.dtype:

@@ -113,7 +113,6 @@ def _batch(batches: Sequence[Any], own: slice) -> Any:
     if not batches:
         return None
     leaves, spec = zip(*map(pytree.tree_flatten, batches), strict=True)
-    joined = [
-        torch.cat(alike)[own] if isinstance(alike[0], Tensor) else alike[0] for alike in zip(*leaves, strict=True)
-    ]
+    alike = zip(*leaves, strict=True)
+    joined = [torch.cat(leaf)[own] if isinstance(leaf[0], Tensor) else leaf[0] for leaf in alike]
     return pytree.tree_unflatten(joined, spec[0])

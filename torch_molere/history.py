@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_molere.distributed import everyones, summed
 from torch_molere.samples import Samples
 
 _COLUMNS = ("seen", "loss", "margin", "correct", "held_out", "weighed", "weight")
@@ -34,7 +35,7 @@ class SampleHistory:
         self._sums.index_add_(0, samples.indices, values)
 
     def table(self) -> dict[str, Tensor]:
-        """One entry for each of the R rows seen, in ascending order, on the CPU.
+        """One entry for each of the R rows that this process has seen, in ascending order, on the CPU.
 
         Returns:
             ``row`` (long); ``seen``, the number of encounters (long); and, in float32, the means of ``loss``,
@@ -54,6 +55,16 @@ class SampleHistory:
             "held_out": held_out / seen,
             "weight": weight / weighed,
         }
+
+    def together(self) -> SampleHistory:
+        """The history of all processes that train together, all of which must call this."""
+        sums = self._sums
+        told, _ = everyones([len(sums)], sums.device)
+        history = SampleHistory()
+        history._reserve(max(rows for (rows,) in told), sums.device)
+        history._sums[: len(sums)] = sums
+        (history._sums,) = summed([history._sums])
+        return history
 
     def state_dict(self) -> dict[str, Any]:
         """The sums behind the means."""

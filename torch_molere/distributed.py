@@ -70,7 +70,7 @@ def averaged(tensors: Sequence[Tensor | None], share: float) -> list[Tensor | No
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's sum over the processes, in one message for each dtype: it is the latency of messages that counts."""
+    """Each tensor's sum over the processes, in one message for each dtype: latency counts, not size."""
     if processes() == 1:
         return list(tensors)
     found: dict[int, Tensor] = {}

@@ -106,7 +106,7 @@ class HoldOut:
             trained = [row for row in rows if row not in out]
             self.buffer.release_rows(trained, keep=LEAST)
             came = [row for row in out if row in self.buffer]
-            gone = self.elsewhere.tell(came, [*departed, *trained], samples.losses.device)
+            gone = self.elsewhere.tell(came, departed, trained, samples.losses.device)
             self.buffer.release_rows(gone, keep=LEAST)
             self.buffer.departed()  # the others know
 

@@ -26,8 +26,16 @@ class HeldElsewhere:
             self._rows = {row for rank, rows in enumerate(told) if rank != own for row in rows}
             self._met = True
 
-    def tell(self, came: Iterable[int], went: Iterable[int], device: torch.device) -> list[int]:
-        """Tell the others which rows this process holds since the last time, and which it holds no more or trains on.
+    def tell(
+        self, came: Iterable[int], departed: Iterable[int], trained: Iterable[int], device: torch.device
+    ) -> list[int]:
+        """Tell the others, at every batch, what has changed.
+
+        Args:
+            came: rows of the batch that this process holds out.
+            departed: rows that it has let go of since the last time.
+            trained: rows of the batch that it trains on; those that another holds are told.
+            device: that the processes' messages go through.
 
         Returns:
             The rows that this process must let go of: others hold them now, or train on them. Where several take a
@@ -35,8 +43,9 @@ class HeldElsewhere:
         """
         if processes() == 1:
             return []
-        came, went = set(came), set(went)
-        told, own = everyones([*came, *(-1 - row for row in went - came)], device)
+        came = set(came)
+        went = {*departed, *(row for row in trained if row in self._rows)} - came
+        told, own = everyones([*came, *(-1 - row for row in went)], device)
         taken: dict[int, int] = {}
         gone = {-1 - row for rows in told for row in rows if row < 0}
         for rank, rows in enumerate(told):

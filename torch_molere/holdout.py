@@ -100,15 +100,14 @@ class HoldOut:
             [classes[i] for i in chosen],
             None if rows is None else [rows[i] for i in chosen],
         )
-        departed = self.buffer.departed()
         if rows is not None:
             out = {rows[i] for i in chosen}
             trained = [row for row in rows if row not in out]
             self.buffer.release_rows(trained, keep=LEAST)
             came = [row for row in out if row in self.buffer]
-            gone = self.elsewhere.tell(came, departed, trained, samples.losses.device)
+            gone = self.elsewhere.tell(came, self.buffer.departed(), trained, samples.losses.device)
             self.buffer.release_rows(gone, keep=LEAST)
-            self.buffer.departed()  # the others know
+        self.buffer.departed()  # the others know, where there are any
 
     def draw(self, count: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
         """Up to ``count`` instances and their slots, or None while fewer than :data:`LEAST` are held."""

@@ -1,9 +1,10 @@
-"""Writes the results sections of README.md from the stored files: ``python -m benchmarks.render``."""
+"""Writes the results sections of the pages from the stored files: ``python -m benchmarks.render``."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 
 from benchmarks import results
 from benchmarks.contenders import CONTENDERS
+from benchmarks.ranks import summarised
 from benchmarks.speed import summary
 from benchmarks.speed_figures import draw_growth
 
@@ -23,16 +25,17 @@ COMPARISONS = {
 LEAST_SEEDS = 3
 """With fewer, a comparison is stored but not reported."""
 
+WRAPPERS = {"ddp": "DDP", "fsdp": "FSDP2"}
 MODELS = {"conv": "conv net", "resnet20": "ResNet-20", "mlp": "MLP", "vit-tiny": "ViT-Tiny"}
 
 
-def rendered(readme: str, stored: Path = STORED) -> str:
-    """The README with each section between its markers written anew."""
-    for name, content in (("results", comparisons(stored)), ("speed", speed(stored))):
-        section = re.search(rf"(?s)(<!-- {name}: .*? -->\n)(.*?)<!-- end of {name} -->", readme)
-        assert section is not None, f"README.md has no section between markers for {name}"
-        readme = f"{readme[: section.start(2)]}\n{content}\n{readme[section.end(2) :]}"
-    return readme
+def rendered(page: str, sections: Mapping[str, Callable[[Path], str]], stored: Path = STORED) -> str:
+    """A page with each section between its markers written anew."""
+    for name, content in sections.items():
+        section = re.search(rf"(?s)(<!-- {name}: .*? -->\n)(.*?)<!-- end of {name} -->", page)
+        assert section is not None, f"the page has no section between markers for {name}"
+        page = f"{page[: section.start(2)]}\n{content(stored)}\n{page[section.end(2) :]}"
+    return page
 
 
 def comparisons(stored: Path) -> str:
@@ -94,6 +97,37 @@ def speed(stored: Path) -> str:
     )
 
 
+def ranks(stored: Path) -> str:
+    """What several processes cost."""
+    path = stored / "ranks-cpu.csv"
+    if not path.exists():
+        return "Not measured yet.\n"
+    config = _config(path)
+    rows = [
+        f"| {WRAPPERS[row.wrap]} | {row.ranks} | {row.time:.2f} ({row.time_low:.2f}–{row.time_high:.2f}) "
+        f"| {row.step_messages:.0f} | {_bytes(row.step_bytes)} "
+        f"| {row.meta_messages:.0f} | {_bytes(row.meta_bytes)} | {row.memory:.2f} |\n"
+        for row in summarised(pd.read_csv(path)).itertuples()
+    ]
+    return (
+        f"`{config['model']}`, {config['parameters']:,} parameters ({_bytes(4 * config['parameters'])}), batch "
+        f"{config['batch']} a process with `indices`, gloo, one thread a process, on {_machine(config)}; torch "
+        f"{config['versions']['torch']}. Time: a MOLERE step (`every=5`) relative to a plain one under the same "
+        "wrapper, median and quartiles. Messages and bytes: what a step adds to plain training, a process. Memory: the "
+        "peak of a process relative to plain training. More processes than cores share them.\n\n"
+        "| wrapper | processes | time | messages, a step | bytes | messages, with a meta-update | bytes | memory |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        f"{''.join(rows)}\n`{config['command']}`\n"
+    )
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
 def _growth(stored: Path) -> str:
     if not (stored / "speed-growth-cpu.csv").exists():
         return ""
@@ -134,16 +168,24 @@ def _machine(config: dict[str, Any]) -> str:
     return name
 
 
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"results": comparisons, "speed": speed},
+    "docs/distributed.md": {"ranks": ranks},
+}
+"""The sections of each page, by the names of their markers."""
+
+
 def main() -> None:
-    """Rewrite README.md, and draw the growth plots."""
+    """Rewrite the pages, and draw the growth plots."""
     growth = STORED / "speed-growth-cpu.csv"
     if growth.exists():
         frame = pd.read_csv(growth)
         draw_growth(
             frame, summary(frame[frame.varied != "buffer capacity"], ["varied", "value"]), growth.with_suffix(".png")
         )
-    readme = Path("README.md")
-    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, sections in PAGES.items():
+        page = Path(name)
+        page.write_text(rendered(page.read_text(encoding="utf-8"), sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

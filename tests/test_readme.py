@@ -17,7 +17,9 @@ def test_python_blocks_run_in_order(page, tmp_path):
     assert blocks
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "init_process_group" in PAGES[page] else []
+    command = [sys.executable, *launch, script, tmp_path / "checkpoint"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,16 +3,20 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from scipy import stats
 
 from benchmarks import render
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTIONS = render.PAGES["README.md"]
 
 
-def test_the_readme_is_what_the_stored_files_say():
-    assert render.rendered(README, ROOT / render.STORED) == README
+@pytest.mark.parametrize("page", render.PAGES)
+def test_each_page_is_what_the_stored_files_say(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert render.rendered(text, render.PAGES[page], ROOT / render.STORED) == text
 
 
 def test_a_table_by_hand():
@@ -32,4 +36,4 @@ def test_too_few_seeds_are_not_reported():
 def test_a_figure_changed_by_hand_is_noticed():
     changed = README.replace("| ERM | 10 | 97", "| ERM | 10 | 98")
     assert changed != README
-    assert render.rendered(changed, ROOT / render.STORED) == README
+    assert render.rendered(changed, SECTIONS, ROOT / render.STORED) == README

@@ -281,15 +281,6 @@ def test_instances_of_another_shape_cannot_share_the_buffer():
     assert_same(reweighter.state_dict(), before)
 
 
-def test_a_closure_is_refused_before_anything_changes():
-    reweighter = make()
-    model = copy.deepcopy(reweighter.model.state_dict())
-    for arguments, named in ((lambda: 1.0,), {}), ((), {"closure": lambda: 1.0}):
-        with pytest.raises(TypeError, match="call step\\(\\) without a closure"):
-            reweighter.optimizer.step(*arguments, **named)
-    assert_same(reweighter.model.state_dict(), model)
-
-
 def test_loss_without_a_call_of_the_model():
     reweighter = make()
     outputs = torch.randn(4, 3, requires_grad=True)

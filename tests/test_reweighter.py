@@ -218,6 +218,39 @@ def test_accumulated_gradients(engine):
     assert_same(h, g, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_closure_is_a_loop_of_ones_own(named):
+    """Called once, with gradients, before the meta-update; the step returns its loss."""
+    found = []
+    for closed in (False, True):
+        model = classifier()
+        optimizer = sgd(model)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        reweighter = MetaReweighter(model, optimizer, warmup_steps=2, every=2)
+        losses = []
+        for x, y in batches(8):
+
+            def closure(x=x, y=y, losses=losses, model=model, optimizer=optimizer, reweighter=reweighter):
+                optimizer.zero_grad()
+                loss = reweighter.loss(model(x), y)
+                loss.backward()
+                losses.append(loss.detach())
+                return loss
+
+            if not closed:
+                closure()
+                optimizer.step()
+            else:
+                with torch.no_grad():
+                    returned = optimizer.step(closure=closure) if named else optimizer.step(closure)
+                assert torch.equal(returned, losses[-1])
+            scheduler.step()
+        assert reweighter.engine == "finite"
+        found.append((model.state_dict(), reweighter.state_dict(), losses))
+    assert_same(found[0], found[1])
+    assert len(found[1][2]) == 8
+
+
 def test_losses_of_a_skipped_update_are_forgotten():
     """As a GradScaler skips one that overflowed; and a loss without backward is no part of any update."""
     found = []

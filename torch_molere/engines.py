@@ -28,7 +28,8 @@ class DirectionalDerivative:
     """⟨u, ∇ℓ_i(θ)⟩ for every instance i, by the engine named or, for ``"auto"``, the fastest one that is right.
 
     For the first instances of the first batch the derivative is computed both ways. The finite engine (one plain
-    forward) is taken if it agrees with forward mode or if the model has no forward-mode rule, else forward mode.
+    forward) is taken if it agrees with forward mode or, where the model has no forward-mode rule, with itself at twice
+    the step; else forward mode.
 
     The finite engine starts from the losses that training computed, if its first call finds that they can be repeated:
     in reduced precision (autocast, wherever it is entered) or with an unseeded forward they cannot.
@@ -45,14 +46,18 @@ class DirectionalDerivative:
         direction: dict[str, Tensor],
         losses: Tensor,
     ) -> Tensor:
-        """``(B,)``; ``losses`` are ℓ(θ) as training computed them."""
+        """``(B,)``; ``losses`` are ℓ(θ) as training computed them.
 
-        if self.engine == "auto":
-            self._choose(forward.of_first(COMPARED), parameters, direction)
-        if self.engine == "finite":
+        Raises:
+            RuntimeError: if ``"auto"`` finds no engine that is right.
+        """
+        engine = self.engine
+        if engine == "auto":
+            engine = self._chosen(forward.of_first(COMPARED), parameters, direction)
+        if engine == "finite":
             known = losses if self._repeats(forward, parameters, losses) else None
             return finite_difference(forward, parameters, direction, known)
-        return forward_mode(forward, parameters, direction)  # also while there was nothing to compare
+        return forward_mode(forward, parameters, direction)
 
     def _repeats(self, forward: TrainingForward, parameters: dict[str, Tensor], losses: Tensor) -> bool:
         """Whether the forward gives the losses of training again; found out once."""
@@ -63,27 +68,42 @@ class DirectionalDerivative:
             self.repeatable = not anywhere(bool((distance > REPLAY_TOLERANCE).any()), losses.device)
         return self.repeatable
 
-    def _choose(self, forward: TrainingForward, parameters: dict[str, Tensor], direction: dict[str, Tensor]) -> None:
+    def _chosen(self, forward: TrainingForward, parameters: dict[str, Tensor], direction: dict[str, Tensor]) -> Engine:
+        """The engine for this time, and for good unless there was nothing to compare."""
         try:
             exact, _ = gathered(forward_mode(forward, parameters, direction))  # every process must choose alike
         except (NotImplementedError, RuntimeError) as error:
-            self._take("finite", f"forward mode is not available: {str(error).splitlines()[0]}")
-            return
-        norm = torch.linalg.vector_norm(exact)
-        if not bool(torch.isfinite(norm) & (norm > 0)):
-            return  # nothing to compare; the next meta-update decides
+            return self._finite_alone(forward, parameters, direction, str(error).splitlines()[0])
         try:
             approximate, _ = gathered(finite_difference(forward, parameters, direction))
         except TypeError as error:
-            self._take("forward", str(error).splitlines()[0])
-            return
-        distance = float(torch.linalg.vector_norm(approximate - exact) / norm)
-        agree = distance <= AGREEMENT
-        self._take("finite" if agree else "forward", f"a finite difference is within {distance:.2g} of forward mode")
+            return self._take("forward", str(error).splitlines()[0])
+        distance = _distance(approximate, exact)
+        if distance is None:
+            return "forward"
+        reason = f"a finite difference is within {distance:.2g} of forward mode"
+        return self._take("finite" if distance <= AGREEMENT else "forward", reason)
 
-    def _take(self, engine: Engine, reason: str) -> None:
+    def _finite_alone(
+        self, forward: TrainingForward, parameters: dict[str, Tensor], direction: dict[str, Tensor], cause: str
+    ) -> Engine:
+        """With nothing exact to compare with, a difference must agree with one of twice its step."""
+        once, twice = (gathered(finite_difference(forward, parameters, direction, scale=s))[0] for s in (1.0, 2.0))
+        distance = _distance(twice, once)
+        if distance is None:
+            return "finite"
+        if distance > AGREEMENT:
+            raise RuntimeError(
+                f"hypergradient='auto' finds no engine that is right: forward mode is not available ({cause}), and a "
+                f"finite difference changes by {distance:.2g} of itself with its step. If the model enters autocast "
+                "itself, enter it around the model instead; hypergradient='finite' takes the difference as it is"
+            )
+        return self._take("finite", f"forward mode is not available: {cause}")
+
+    def _take(self, engine: Engine, reason: str) -> Engine:
         self.engine = engine
         logger.info("hypergradient='auto' takes the %r engine: %s", engine, reason)
+        return engine
 
     def state_dict(self) -> dict[str, Any]:
         """What was found out."""
@@ -92,3 +112,11 @@ class DirectionalDerivative:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave."""
         self.engine, self.repeatable = state["engine"], state["repeatable"]
+
+
+def _distance(found: Tensor, of: Tensor) -> float | None:
+    """‖found − of‖ / ‖of‖; None where that is not defined."""
+    norm = torch.linalg.vector_norm(of)
+    if not bool(torch.isfinite(norm) & (norm > 0)):
+        return None
+    return float(torch.linalg.vector_norm(found - of) / norm)

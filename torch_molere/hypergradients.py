@@ -99,11 +99,12 @@ def finite_difference(
     parameters: dict[str, Tensor],
     direction: dict[str, Tensor],
     losses: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """⟨u, ∇ℓ_i(θ)⟩ as (ℓ_i(θ + εu) − ℓ_i(θ)) / ε: one plain forward when ``losses`` = ℓ(θ) is known, else two.
 
-    ε‖u‖ is 1e-3 in single precision (the middle of the range found best) and 1e-6 in double precision, where
-    truncation and rounding balance.
+    ε‖u‖ is ``scale`` times 1e-3 in single precision (the middle of the range found best) and 1e-6 in double precision,
+    where truncation and rounding balance.
 
     Raises:
         TypeError: if the parameters have less than single precision, in which no step is both small and visible.
@@ -112,7 +113,7 @@ def finite_difference(
     precision = min((u.dtype for u in direction.values()), key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(precision).bits < 32:
         raise TypeError(f"the finite engine needs float32 or float64 parameters, got {precision}; use engine='forward'")
-    radius = 1e-6 if precision == torch.float64 else 1e-3
+    radius = scale * (1e-6 if precision == torch.float64 else 1e-3)
     # A zero direction has a zero derivative; the clamp keeps 0/0 out without asking the device for the value.
     step = radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     shifted = {name: torch.addcmul(parameters[name], direction[name], step) for name in parameters}

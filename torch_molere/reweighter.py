@@ -47,7 +47,7 @@ from torch_molere.hypergradients import (
 from torch_molere.samples import CorrectFn, Samples, default_correct
 from torch_molere.sharded import check_sharded, check_synchronised
 from torch_molere.splitting import LearnedSplitter
-from torch_molere.update import Update, check_differentiable
+from torch_molere.update import Update, check_differentiable, inner_optimizer
 from torch_molere.validation import FixedValidation
 from torch_molere.weighting import SignalWeighting, normalised
 
@@ -123,7 +123,8 @@ class MetaReweighter:
 
     Args:
         model: the classifier θ, any ``nn.Module``.
-        optimizer: any optimizer of ``torch.optim`` with a ``differentiable`` flag that holds the model's parameters.
+        optimizer: any optimizer of ``torch.optim`` with a ``differentiable`` flag that holds the model's parameters;
+            Accelerate's and Lightning's wrappers of one are seen through.
         loss_fn: ``loss_fn(outputs, targets) -> (B,)`` per-sample losses; default cross-entropy.
         weighting: the meta-network φ, ``forward(samples) -> (B,)`` weights ≥ 0; default :class:`SignalWeighting`.
         splitter: Θ, ``forward(samples) -> (B,)`` probabilities of the training side; default
@@ -204,6 +205,8 @@ class MetaReweighter:
         _check_count("warmup_steps", warmup_steps, 0)
         if val_batch_size is not None:
             _check_count("val_batch_size", val_batch_size, 1)
+        scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler  # Accelerate's wrapper has it
+        optimizer = inner_optimizer(optimizer)
         trained_parameters(model, optimizer)
         check_differentiable(optimizer)
         check_sharded(model, hypergradient, order)
@@ -547,15 +550,24 @@ class MetaReweighter:
         weighted.scale = gradient.detach() / (1.0 if self.scaler is None else self.scaler.get_scale())
         self._weighted.append(weighted)
 
-    def _before_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """The "after" order: the step about to be taken is the look-ahead. If this fails nothing has changed."""
-        closure = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]
-        if closure:
-            raise TypeError("optimizer.step(closure) evaluates the loss itself; call step() without a closure")
+    def _before_update(
+        self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The "after" order: the step about to be taken is the look-ahead. If this fails nothing has changed.
+
+        A closure is called here, once, as these optimizers do themselves, and the step gets one that returns its loss.
+        """
+        closures = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        if closures:
+            with torch.enable_grad():
+                loss = closures[0]()
+            arguments = (optimizer, lambda: loss), {}
         weighted, self._weighted = self._weighted, []
         if weighted and self.result is not None:
             gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
             self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
+        return arguments
 
     def _after_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.steps += 1
@@ -701,14 +713,13 @@ class _Recorder:
         return _Recorder, ()
 
 
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """An optimizer hook that does not keep its reweighter alive."""
     reference = weakref.WeakMethod(method)
 
-    def hook(*arguments: Any) -> None:
+    def hook(*arguments: Any) -> Any:
         bound = reference()
-        if bound is not None:
-            bound(*arguments)
+        return None if bound is None else bound(*arguments)
 
     return hook
 

@@ -11,6 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's and Lightning's wrappers, whose ``step`` calls its own: there hooks are run."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def check_differentiable(optimizer: Optimizer) -> None:
     """Refuse optimizers whose update PyTorch cannot differentiate.
 

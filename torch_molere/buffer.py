@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_molere.distributed import processes
-from torch_molere.evaluation import batch_size, move
+from torch_molere.evaluation import batch_size, is_by_instance, move
 
 LABEL_TOLERANCE = 0.25
 """How far the share of a class among the buffer's labels may exceed its share of the stream, relative."""
@@ -127,7 +127,8 @@ class ValidationBuffer:
         """Put instances of a batch in; a row already held is refreshed in place.
 
         Args:
-            batch: any nesting of tensors with first dimension B (what is no tensor is kept from the latest batch).
+            batch: any nesting of tensors with first dimension B (what is no tensor, or one without dimensions, is kept
+                from the latest batch).
             chosen: which k instances.
             classes: their k classes.
             rows: their k dataset rows, or None.
@@ -291,8 +292,8 @@ class ValidationBuffer:
 def _flattened(batch: Any) -> tuple[list[Tensor], list[Any], Any]:
     """The tensors of a batch, its leaves with a placeholder for each tensor, and how the leaves go together."""
     leaves, spec = pytree.tree_flatten(batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+    tensors = [leaf for leaf in leaves if is_by_instance(leaf)]
+    return tensors, [_TENSOR if is_by_instance(leaf) else leaf for leaf in leaves], spec
 
 
 class Quota:

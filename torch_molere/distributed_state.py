@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_molere.distributed import processes
-from torch_molere.evaluation import move
+from torch_molere.evaluation import is_by_instance, move
 from torch_molere.reweighter import MetaReweighter
 
 Part = dict[str, Any]
@@ -114,5 +114,5 @@ def _batch(batches: Sequence[Any], own: slice) -> Any:
         return None
     leaves, spec = zip(*map(pytree.tree_flatten, batches), strict=True)
     alike = zip(*leaves, strict=True)
-    joined = [torch.cat(leaf)[own] if isinstance(leaf[0], Tensor) else leaf[0] for leaf in alike]
+    joined = [torch.cat(leaf)[own] if is_by_instance(leaf[0]) else leaf[0] for leaf in alike]
     return pytree.tree_unflatten(joined, spec[0])

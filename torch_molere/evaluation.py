@@ -80,19 +80,19 @@ def per_sample_losses(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
     return losses
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors of a tensor, tuple, list or dict, or any nesting of them."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+def is_by_instance(leaf: Any) -> bool:
+    """Whether a leaf of a batch has something for each instance; a tensor without dimensions is of the whole batch."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
 def batch_size(tree: Any) -> int:
-    """The first dimension that every tensor in ``tree`` shares.
+    """The first dimension that every tensor in ``tree`` (those without any aside) shares.
 
     Raises:
-        ValueError: if there is no tensor, a tensor has no dimension, or their first dimensions differ.
+        ValueError: if there is no tensor, or their first dimensions differ.
     """
-    shapes = [tuple(tensor.shape) for tensor in tensors_in(tree)]
-    if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(tree) if is_by_instance(leaf)]
+    if len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"every tensor of a batch must have the same first dimension, got shapes {shapes}")
     return shapes[0][0]
 

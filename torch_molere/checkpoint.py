@@ -263,6 +263,8 @@ def _random_streams() -> dict[str, Any]:
 
 def _set_random_streams(streams: dict[str, Any]) -> None:
     torch.set_rng_state(streams["torch"])
+    if not isinstance(streams["numpy"], dict):
+        raise TypeError("NumPy's must be a dict")
     np.random.set_state(_with_arrays(streams["numpy"]))
     random.setstate(streams["python"])
     if not all(isinstance(state, Tensor) for state in streams["cuda"]):
@@ -279,7 +281,7 @@ def _set_random_streams(streams: dict[str, Any]) -> None:
 
 
 def _with_arrays(numbers: dict[str, Any]) -> dict[str, Any]:
-    key = dict(numbers["state"]).get("key")
+    key = numbers["state"].get("key")
     if key is None:  # another bit generator than the Mersenne Twister keeps no array
         return numbers
     return {**numbers, "state": {**numbers["state"], "key": np.asarray(key, dtype=np.uint32)}}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_molere.evaluation import batch_size, move
+from torch_molere.states import whole
 
 LABEL_TOLERANCE = 0.25
 """How far the share of a class among the buffer's labels may exceed its share of the stream, relative."""
@@ -257,26 +258,49 @@ class ValidationBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Put back what :meth:`state_dict` gave, with its tensors on ``device``."""
-        self.capacity = state["capacity"]
-        self._classes = list(state["classes"])
-        self._rows = list(state["rows"])
-        self._slots_of_class = {label: list(slots) for label, slots in state["slots_of_class"].items()}
-        self._place_in_class = [0] * len(self._classes)
-        for slots in self._slots_of_class.values():
+        """Put back what :meth:`state_dict` gave, with its tensors on ``device``.
+
+        Raises:
+            ValueError: if its parts do not fit each other or the byte cap. Nothing has changed then.
+        """
+        capacity, classes, rows = whole(state["capacity"], "capacity", 1), list(state["classes"]), list(state["rows"])
+        slots_of_class = {label: list(slots) for label, slots in state["slots_of_class"].items()}
+        known = [row for row in rows if row is not None]
+        if len(rows) != len(classes) or len(classes) > capacity or len(set(known)) != len(known):
+            raise ValueError(f"the buffer's {len(classes)} classes and {len(rows)} rows do not fit capacity={capacity}")
+        for number in (*classes, *known, *state["seen"]):
+            whole(number, "a class or row of the buffer", None)
+        for count in state["seen"].values():
+            whole(count, "how often a class was seen")
+        placed = [(slot, label) for label, slots in slots_of_class.items() for slot in slots]
+        if sorted(placed) != list(enumerate(classes)):
+            raise ValueError("the buffer's slots_of_class contradict its classes")
+        generator = np.random.default_rng()
+        generator.bit_generator.state = state["random"]
+        tensors, leaves, spec = _flattened(move(state["held"], device))
+        if (state["held"] is None and classes) or any(tensor.shape[:1] != (len(classes),) for tensor in tensors):
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            raise ValueError(f"the buffer must hold {len(classes)} instances, got tensors of shapes {shapes}")
+        per_sample = sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors)
+        if capacity * per_sample > self.max_bytes:
+            raise ValueError(
+                f"the state's capacity={capacity} instances take {capacity * per_sample} bytes, more than "
+                f"buffer_bytes={self.max_bytes}"
+            )
+        storage = [tensor.new_empty((capacity, *tensor.shape[1:])) for tensor in tensors]
+        for kept, tensor in zip(storage, tensors, strict=True):
+            kept[: len(classes)] = tensor
+
+        self.capacity, self._random = capacity, generator
+        self._storage, self._leaves, self._spec = storage, leaves, spec
+        self._classes, self._rows, self._slots_of_class = classes, rows, slots_of_class
+        self._place_in_class = [0] * len(classes)
+        for slots in slots_of_class.values():
             for place, slot in enumerate(slots):
                 self._place_in_class[slot] = place
-        self._slot_of_row = {row: slot for slot, row in enumerate(self._rows) if row is not None}
+        self._slot_of_row = {row: slot for slot, row in enumerate(rows) if row is not None}
         self._seen = dict(state["seen"])
         self._seen_total = sum(self._seen.values())
-        self._random.bit_generator.state = state["random"]
-        self._storage, self._spec, self._leaves = [], None, []
-        if state["held"] is not None:
-            tensors, self._leaves, self._spec = _flattened(move(state["held"], device))
-            for held in tensors:
-                storage = held.new_empty((self.capacity, *held.shape[1:]))
-                storage[: len(held)] = held
-                self._storage.append(storage)
 
 
 def _flattened(batch: Any) -> tuple[list[Tensor], list[Any], Any]:
@@ -313,4 +337,7 @@ class Quota:
         return {"low_carry": self._low_carry, "high_carry": self._high_carry}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._low_carry, self._high_carry = state["low_carry"], state["high_carry"]
+        low, high = float(state["low_carry"]), float(state["high_carry"])
+        if not (0.0 <= low < math.inf and 0.0 <= high <= 1.0):
+            raise ValueError(f"the quota's low_carry must be finite, high_carry in [0, 1], got {low} and {high}")
+        self._low_carry, self._high_carry = low, high

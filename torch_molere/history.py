@@ -60,8 +60,16 @@ class SampleHistory:
         return {"sums": self._sums.clone()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Put back what :meth:`state_dict` gave, on ``device``."""
-        self._sums = state["sums"].to(device).clone()
+        """Put back what :meth:`state_dict` gave, on ``device``.
+
+        Raises:
+            ValueError: for sums of another shape or dtype.
+        """
+        sums = state["sums"]
+        if not isinstance(sums, Tensor) or sums.shape[1:] != self._sums.shape[1:] or not sums.is_floating_point():
+            found = f"{tuple(sums.shape)} {sums.dtype}" if isinstance(sums, Tensor) else type(sums).__name__
+            raise ValueError(f"the history's sums must be floating (rows, {len(_COLUMNS)}), got {found}")
+        self._sums = sums.to(device, self._sums.dtype, copy=True)
 
     def _reserve(self, rows: int, device: torch.device) -> None:
         if rows > len(self._sums):

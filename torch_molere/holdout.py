@@ -14,6 +14,7 @@ from torch_molere.distributed import sum_gradients
 from torch_molere.evaluation import Arguments
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
+from torch_molere.states import load_optimizer
 
 LEAST = 2
 """The fewest instances worth a meta-update, kept whatever the splitter says: batch norm needs two."""
@@ -140,7 +141,6 @@ class HoldOut:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Put back what :meth:`state_dict` gave, with its tensors on ``device``."""
         self.splitter.load_state_dict(state["splitter"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.buffer.load_state_dict(state["buffer"], device)
         self.quota.load_state_dict(state["quota"])

@@ -46,6 +46,7 @@ from torch_molere.hypergradients import (
 )
 from torch_molere.samples import CorrectFn, Samples, default_correct
 from torch_molere.splitting import LearnedSplitter
+from torch_molere.states import load_optimizer, whole
 from torch_molere.update import Update, check_differentiable
 from torch_molere.validation import FixedValidation
 from torch_molere.weighting import SignalWeighting, normalised
@@ -203,6 +204,9 @@ class MetaReweighter:
         _check_count("warmup_steps", warmup_steps, 0)
         if val_batch_size is not None:
             _check_count("val_batch_size", val_batch_size, 1)
+        _check_count("seed", seed, 0)
+        if seed >= 2**63:
+            raise ValueError(f"seed must be less than 2**63, got {seed}")
         trained_parameters(model, optimizer)
         check_differentiable(optimizer)
         if hypergradient == "unrolled":
@@ -383,14 +387,16 @@ class MetaReweighter:
             ValueError: if ``state`` is of another kind, version or configuration, or does not fit the networks; names
                 what differs. Nothing has changed then.
         """
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, dict) else type(state).__name__
+        found = state.get("version") if isinstance(state, dict) else type(state).__name__
+        if type(found) is not int or found != STATE_VERSION:
             raise ValueError(f"state_dict must be one of MetaReweighter, version {STATE_VERSION}, got {found!r}")
-        theirs = state.get("configuration", {})
+        theirs = state.get("configuration")
+        if not isinstance(theirs, dict):
+            raise ValueError(f"state_dict must have a configuration, got {theirs!r:.60}")
         different = [
-            f"{name}={theirs.get(name)!r} (here {mine!r})"
+            f"{name}={theirs.get(name)!r:.60} (here {mine!r})"
             for name, mine in self._configuration.items()
-            if theirs.get(name) != mine
+            if type(theirs.get(name)) is not type(mine) or theirs.get(name) != mine
         ]
         if different:
             raise ValueError(
@@ -402,20 +408,20 @@ class MetaReweighter:
             self._load(state)
         except Exception as error:
             self._load(present)
-            raise ValueError(f"state_dict does not fit this reweighter: {error}") from error
+            cause = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"state_dict does not fit this reweighter: {cause}") from error
+        self._weighted, self._call = [], None
 
     def _load(self, state: dict[str, Any]) -> None:
         self.weighting.load_state_dict(state["weighting"])
-        if self.weighting_optimizer is not None:
-            self.weighting_optimizer.load_state_dict(state["weighting_optimizer"])
+        load_optimizer(self.weighting_optimizer, state["weighting_optimizer"])
         if self.holdout is not None:
             self.holdout.load_state_dict(state["holdout"], device_of(self.model))
         if self.validation is not None:
             self.validation.load_state_dict(state["validation"])
         self.history.load_state_dict(state["history"], device_of(self.model))
-        self.seed, self.steps, self._draws = state["seed"], state["steps"], state["draws"]
         self._directional_derivative.load_state_dict(state["engine"])
-        self._weighted, self._call = [], None
+        self.seed, self.steps, self._draws = (whole(state[name], name) for name in ("seed", "steps", "draws"))
 
     def close(self) -> None:
         """Take the hooks off model and optimizer; both are then as if they had never been wrapped.
@@ -532,7 +538,7 @@ class MetaReweighter:
 
     def _next_seed(self) -> int:
         self._draws += 1
-        return self.seed * 1_000_003 + self._draws
+        return (self.seed * 1_000_003 + self._draws) % 2**63
 
     # Around the update: the meta-gradient.
 

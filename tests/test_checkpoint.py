@@ -22,16 +22,11 @@ from training_run import COMPLETE, PLACES, SAVE_EVERY, digest, start, train
 import torch_molere
 from torch_molere import checkpoint, load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL"),
+]
 KILLS = int(os.environ.get("TORCH_MOLERE_KILLS", "40"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

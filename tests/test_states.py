@@ -12,6 +12,7 @@ from torch import nn
 
 from torch_molere import FreeWeighting, MetaReweighter, SignalWeighting
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = int(os.environ.get("TORCH_MOLERE_EXAMPLES", "50"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_molere.journal import Journal
 from torch_molere.samples import Samples
 
 _COLUMNS = ("seen", "loss", "margin", "correct", "held_out", "weighed", "weight")
@@ -18,7 +19,8 @@ class SampleHistory:
     Takes seven numbers a row, and time independent of how many rows there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal or Journal()
         self._sums = torch.zeros(0, len(_COLUMNS))
 
     def record(self, samples: Samples, weights: Tensor, val_mask: Tensor, warming_up: bool) -> None:
@@ -31,6 +33,7 @@ class SampleHistory:
         weighed = torch.zeros_like(ones) if warming_up else (~val_mask).to(ones.dtype)
         columns = [ones, samples.losses, margins, samples.correct, val_mask, weighed, weighed * weights]
         values = torch.stack([column.to(self._sums.dtype) for column in columns], dim=1)
+        self._journal.keep_rows(self._sums, samples.indices)
         self._sums.index_add_(0, samples.indices, values)
 
     def table(self) -> dict[str, Tensor]:
@@ -75,4 +78,5 @@ class SampleHistory:
         if rows > len(self._sums):
             larger = torch.zeros(max(rows, 2 * len(self._sums)), len(_COLUMNS), device=device)
             larger[: len(self._sums)] = self._sums
+            self._journal.keep(self, "_sums")
             self._sums = larger

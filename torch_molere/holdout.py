@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch_molere.buffer import Quota, ValidationBuffer
 from torch_molere.distributed import sum_gradients
 from torch_molere.evaluation import Arguments
+from torch_molere.journal import Journal
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
 from torch_molere.states import load_optimizer
@@ -41,6 +42,7 @@ class HoldOut:
         buffer: what holds the instances.
         val_fraction: δ, in (0, 1).
         seed: of the random split during warm-up.
+        journal: notes its changes, so that those of a failed step can be taken back.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class HoldOut:
         buffer: ValidationBuffer,
         val_fraction: float,
         seed: int,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal or Journal()
         self.splitter = splitter
         self.optimizer = optimizer
         self.buffer = buffer
@@ -89,6 +93,7 @@ class HoldOut:
         """Hold the chosen instances; rows of this batch that are not among them go back to training."""
         chosen, classes, rows = choice.positions, choice.classes, choice.rows
         self.buffer.observe(classes)
+        self._journal.note(self.quota.load_state_dict, self.quota.state_dict())
         self.quota.spend(len(classes), len(chosen))
         self.buffer.insert(
             (samples.arguments, samples.targets),
@@ -109,6 +114,7 @@ class HoldOut:
         with torch.set_grad_enabled(self.optimizer is not None):
             loss, p_validation = splitter_loss(self.splitter, validation, batch, self.quota.val_fraction)
         if self.optimizer is not None and bool(torch.isfinite(loss.detach())):
+            self._journal.keep_network(self.splitter, self.optimizer)
             self.optimizer.zero_grad()
             loss.backward()
             sum_gradients(self.splitter)

@@ -44,6 +44,7 @@ from torch_molere.hypergradients import (
     unrolled,
     validation_gradient,
 )
+from torch_molere.journal import Journal
 from torch_molere.samples import CorrectFn, Samples, default_correct
 from torch_molere.splitting import LearnedSplitter
 from torch_molere.states import load_optimizer, whole
@@ -225,7 +226,8 @@ class MetaReweighter:
         self.seed = seed
         self.steps = 0
         self.result: StepResult | None = None
-        self.history = SampleHistory()
+        self._journal = Journal()
+        self.history = SampleHistory(self._journal)
 
         device = device_of(model)
         self.holdout: HoldOut | None = None
@@ -235,9 +237,9 @@ class MetaReweighter:
             self.weighting_optimizer = _optimizer_of(self.weighting, weighting_optimizer, weighting_lr)
             if validation is None:
                 splitter = (LearnedSplitter() if splitter is None else splitter).to(device)
-                buffer = ValidationBuffer(buffer_size, buffer_bytes, seed)
+                buffer = ValidationBuffer(buffer_size, buffer_bytes, seed, self._journal)
                 theta_optimizer = _optimizer_of(splitter, splitter_optimizer, splitter_lr)
-                self.holdout = HoldOut(splitter, theta_optimizer, buffer, val_fraction, seed)
+                self.holdout = HoldOut(splitter, theta_optimizer, buffer, val_fraction, seed, self._journal)
             else:
                 self.validation = FixedValidation(validation, device, seed)
         self._configuration = {
@@ -290,22 +292,15 @@ class MetaReweighter:
                 + (f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else type(batch).__name__)
             )
         positional, named = arguments_of(batch[0])
-        call, steps = None, self.steps
-        try:
+        with self._journal.all_or_nothing():
+            self._keep()
             with torch.enable_grad():
                 self._call = None
-                outputs = self.model(*positional, **named)
-                call = self._call
-                loss = self.loss(outputs, *batch[1:])
+                loss = self.loss(self.model(*positional, **named), *batch[1:])
+                self._keep_gradients()
                 self.optimizer.zero_grad()
                 loss.backward()
             self.optimizer.step()
-        except BaseException:
-            self._weighted = []
-            call = call or self._call
-            if call is not None and self.steps == steps:
-                self._undo(call)
-            raise
         assert self.result is not None
         return self.result
 
@@ -326,20 +321,16 @@ class MetaReweighter:
         Raises:
             As :meth:`step`; RuntimeError if ``model`` has not been called since the last loss.
         """
-        losses = per_sample_losses(self.loss_fn, outputs, targets)
         if not torch.is_grad_enabled():
-            return losses.mean()
-        if self._call is None:
+            return per_sample_losses(self.loss_fn, outputs, targets).mean()
+        call, self._call = self._call, None
+        if call is None:
             raise RuntimeError("loss(outputs, targets) needs outputs of a call of the model made since the last loss")
-        draws = self._draws
-        try:
-            weighted_loss = self._weighted_loss(self._call, outputs, targets, losses, indices)
-        except BaseException:
-            self._draws = draws
-            self._undo(self._call)
-            raise
-        self._call = None
-        return weighted_loss
+        with self._journal.all_or_nothing():
+            self._keep()
+            self._journal.note(self._undo, call)
+            losses = per_sample_losses(self.loss_fn, outputs, targets)
+            return self._weighted_loss(call, outputs, targets, losses, indices)
 
     @property
     def engine(self) -> Engine:
@@ -445,11 +436,27 @@ class MetaReweighter:
 
     # Before the update: split and weigh.
 
+    def _keep(self) -> None:
+        """What a step or a loss may change of this object itself; the rest is noted where it is changed."""
+        self._journal.keep(self, "result", "_draws", "_call", "_weighted")
+        self._journal.keep(self._directional_derivative, "engine", "repeatable")
+        self._weighted = list(self._weighted)
+        networks = [self.weighting] if self.splitter is None else [self.weighting, self.splitter]
+        self._journal.keep_tensors([buffer for network in networks for buffer in network.buffers()])
+
+    def _keep_gradients(self) -> None:
+        held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        others = [p for p in self._network.parameters() if p not in held]
+        self._journal.keep_tensors([p.grad for p in others if p.grad is not None])  # backward adds to these in place
+        for parameter in (*held, *others):
+            self._journal.note(setattr, parameter, "grad", parameter.grad)
+
     def _record_call(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._observing and torch.is_grad_enabled():
             self._call = _Call(
                 (positional, named), RandomState.now(device_of(self._network)), buffer_copies(self._network)
             )
+            self._journal.note(self._undo, self._call)
 
     def _undo(self, call: _Call) -> None:
         """Take back what a call of the model changed."""
@@ -544,24 +551,33 @@ class MetaReweighter:
 
     def _backward_through(self, weighted: _Weighted, gradient: Tensor) -> None:
         """Hook of a loss: it is part of the next update from now on, and alone so where there are no gradients yet."""
-        if all(p.grad is None for p in trained_parameters(self._network, self.optimizer).values()):
+        if self._weighted and not any(
+            p.grad is not None and bool(p.grad.any())
+            for p in trained_parameters(self._network, self.optimizer).values()
+        ):
             self._weighted = []  # of an update that was skipped
         # A scaler takes its factor out of the gradients before the optimizer sees them.
         weighted.scale = gradient.detach() / (1.0 if self.scaler is None else self.scaler.get_scale())
         self._weighted.append(weighted)
 
     def _before_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """The "after" order: the step about to be taken is the look-ahead. If this fails nothing has changed."""
+        """The "after" order: the step about to be taken is the look-ahead.
+
+        If this fails nothing has changed, and the step can be taken without a meta-update.
+        """
         closure = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]
         if closure:
             raise TypeError("optimizer.step(closure) evaluates the loss itself; call step() without a closure")
         weighted, self._weighted = self._weighted, []
         if weighted and self.result is not None:
-            gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
-            self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
+            with self._journal.all_or_nothing():
+                self._keep()
+                gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
+                self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
 
     def _after_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.steps += 1
+        self._journal.commit()  # θ has moved
 
     def _virtual_gradients(self, losses: Tensor, weights: _Weights) -> Sequence[Tensor | None]:
         """The "before" order: the gradients of a step with the present φ, which will not be taken."""
@@ -609,6 +625,7 @@ class MetaReweighter:
 
     def _draw_validation(self, batch_size: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
         if self.validation is not None:
+            self._journal.note(self.validation.load_state_dict, self.validation.state_dict())
             return self.validation.draw(), []
         assert self.holdout is not None
         return self.holdout.draw(self.val_batch_size or batch_size)
@@ -637,6 +654,7 @@ class MetaReweighter:
     ) -> None:
         """A step of φ and a step of Θ; all gradients are taken before anything moves."""
         if self.weighting_optimizer is not None:
+            self._journal.keep_network(self.weighting, self.weighting_optimizer)
             self.weighting_optimizer.zero_grad()
             for w, derivative in zip(weighted, derivatives, strict=True):
                 w.weights.everyone.backward(gradient=derivative.to(w.weights.everyone.dtype))

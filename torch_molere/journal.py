@@ -74,10 +74,9 @@ class Journal:
             self.note(setattr, parameter, "grad", parameter.grad)
         self.keep_tensors([*network.parameters(), *network.buffers()])
         if optimizer is not None:
-            self.keep_tensors(
-                [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-            )
-            self.note(optimizer.state.update, {parameter: dict(state) for parameter, state in optimizer.state.items()})
+            states = {owner: dict(state) for owner, state in optimizer.state.items() if isinstance(state, dict)}
+            self.keep_tensors([v for state in states.values() for v in state.values() if isinstance(v, Tensor)])
+            self.note(optimizer.state.update, {**optimizer.state, **states})
             self.note(optimizer.state.clear)
 
     def keep_tensors(self, tensors: list[Tensor]) -> None:

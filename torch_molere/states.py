@@ -46,6 +46,9 @@ def load_optimizer(optimizer: Optimizer | None, state: Any) -> None:
 
 def _try(twin: Optimizer, state: Any) -> None:
     twin.load_state_dict(state)
+    for owner in twin.state:
+        if not isinstance(owner, Tensor):
+            raise ValueError(f"optimizer's state must be by parameter, got {owner!r:.60}")
     for group in twin.param_groups:
         for parameter in group["params"]:
             parameter.grad = _no_gradient(parameter, sparse=isinstance(twin, torch.optim.SparseAdam))

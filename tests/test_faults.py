@@ -94,7 +94,7 @@ class Loader:
 def batch(seed):
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(9, 4, generator=generator), torch.randint(3, (9,), generator=generator)
-    return x, y, (torch.arange(9) * 5 + 3 * seed) % 30
+    return x, y, (torch.arange(9) * 5 + 3 * seed) % 12  # rows that come again
 
 
 def loss_fn(outputs, targets):

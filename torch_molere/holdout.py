@@ -15,7 +15,7 @@ from torch_molere.evaluation import Arguments
 from torch_molere.journal import Journal
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
-from torch_molere.states import load_optimizer
+from torch_molere.states import finite_gradients, load_optimizer
 
 LEAST = 2
 """The fewest instances worth a meta-update, kept whatever the splitter says: batch norm needs two."""
@@ -118,7 +118,8 @@ class HoldOut:
             self.optimizer.zero_grad()
             loss.backward()
             sum_gradients(self.splitter)
-            self.optimizer.step()
+            if finite_gradients(self.splitter):
+                self.optimizer.step()
             self.optimizer.zero_grad()
         easy = ((p_validation >= 0.5) & validation.correct).tolist()
         self.buffer.release([slot for slot, is_easy in zip(slots, easy, strict=True) if is_easy], keep=len(slots))

@@ -47,7 +47,7 @@ from torch_molere.hypergradients import (
 from torch_molere.journal import Journal
 from torch_molere.samples import CorrectFn, Samples, default_correct
 from torch_molere.splitting import LearnedSplitter
-from torch_molere.states import load_optimizer, whole
+from torch_molere.states import finite_gradients, load_optimizer, whole
 from torch_molere.update import Update, check_differentiable
 from torch_molere.validation import FixedValidation
 from torch_molere.weighting import SignalWeighting, normalised
@@ -148,6 +148,15 @@ class MetaReweighter:
             indices and multi-label targets and otherwise asks whether the loss is at most the batch's median.
         scaler: the gradient scaler of a float16 loop of your own. An update that it skips is skipped here too.
         seed: of everything random here. The global random streams are neither read nor moved.
+
+    A step that raises has not happened: parameters, buffers, gradients, the optimizer's and all other state and the
+    random streams are as before it, and the next step works. In a loop of your own the same is true of :meth:`loss`
+    (which takes back the forward, too) and of the meta-update inside ``optimizer.step()``. What your optimizer itself
+    leaves half done when it fails is its own.
+
+    Threads: reweighters of models of their own do not disturb each other, but PyTorch's random stream is one for the
+    process, and a step borrows it. With other threads that draw from it (dropout, a random split without ``indices``)
+    nothing is repeatable, and the stream is not left as it was. Use processes there.
 
     Attributes:
         result: the latest step's :class:`StepResult`, or None.
@@ -594,7 +603,7 @@ class MetaReweighter:
                 "empty",
                 "no meta-update: the validation buffer holds fewer than two instances so far. It fills at val_fraction "
                 "of each batch, and one instance always stays on the training side, so batches of one never fill it; "
-                "raise warmup_steps, use larger batches or pass validation=",
+                "raise warmup_steps, use larger batches and a buffer_size of at least 2, or pass validation=",
             )
             return None
         batch, slots = drawn
@@ -665,7 +674,10 @@ class MetaReweighter:
             with self._aside(validation.losses.device):
                 self.holdout.learn(held, weighted[0].samples, slots)
         if self.weighting_optimizer is not None:
-            self.weighting_optimizer.step()
+            if finite_gradients(self.weighting):
+                self.weighting_optimizer.step()
+            else:
+                self._say("nonfinite", "skipped a meta-update: the weighting's gradient is not finite")
             self.weighting_optimizer.zero_grad()
 
     @contextmanager

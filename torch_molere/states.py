@@ -1,4 +1,4 @@
-"""What a state to be loaded must look like: checked before anything takes it over."""
+"""What a network may learn from and a state to be loaded must look like: checked before anything takes it over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -19,6 +19,12 @@ def whole(value: Any, name: str, least: int | None = 0) -> int:
     if type(value) is not int or (least is not None and value < least):
         raise ValueError(f"{name} must be an integer{'' if least is None else f' ≥ {least}'}, got {value!r}")
     return value
+
+
+def finite_gradients(network: nn.Module) -> bool:
+    """Whether no gradient of ``network`` holds NaN or infinity, asked of the device once."""
+    sums = [parameter.grad.sum() for parameter in network.parameters() if parameter.grad is not None]
+    return not sums or bool(torch.isfinite(torch.stack([s.double() for s in sums])).all())
 
 
 def load_optimizer(optimizer: Optimizer | None, state: Any) -> None:

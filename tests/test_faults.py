@@ -54,6 +54,7 @@ class Classifier(nn.Module):
         hidden = self.drop(self.norm(self.first(x)).tanh())
         if hidden.requires_grad:
             hidden.register_hook(lambda _: faults.tick("backward"))
+        faults.tick("late")  # statistics and random numbers have moved
         return self.last(hidden) + self.aside
 
 
@@ -166,7 +167,7 @@ SETTINGS = [(order, engine, "rows") for order in ("after", "before") for engine 
 ]
 
 
-def attack(world, twin, act):
+def attack(world, twin, act, spared=()):
     """Every call in ``act(world)`` fails in turn, which leaves no trace; undisturbed it then does what it does to the
     twin, to whom nothing ever happens. Returns how many calls there were."""
     random = torch.get_rng_state()
@@ -178,6 +179,8 @@ def attack(world, twin, act):
     errors = ERRORS[:2] if world.reweighter.engine == "auto" else ERRORS
     before = world.snapshot()
     for place, count in calls.items():
+        if place in spared:
+            continue
         for number in range(1, count + 1):
             error = errors[(sum(injected.values()) + number) % len(errors)]
             faults.arm(place, number, error)
@@ -196,7 +199,7 @@ def test_a_step_that_fails_has_not_happened(order, engine, kind):
     calls = Counter()
     for step in range(5):  # warm-up, a meta-update that chooses an engine, none, another one, none
         calls += attack(world, twin, lambda world, step=step: world.reweighter.step(world.batch(step)))
-    places = {"forward", "backward", "loss", "weighting", "correct", "phi", "optimizer"}
+    places = {"forward", "late", "backward", "loss", "weighting", "correct", "phi", "optimizer"}
     assert calls.keys() == places | ({"loader"} if kind == "fixed" else {"splitter", "theta"})
     assert world.reweighter.result.val_loss is None
 
@@ -212,7 +215,7 @@ def test_a_loss_that_fails_has_not_happened(order, engine, kind):
         losses[world] = world.reweighter.loss(world.model(x), *rest)
 
     for step in range(4):
-        attack(world, twin, lambda world, step=step: forward_and_loss(world, step))
+        attack(world, twin, lambda world, step=step: forward_and_loss(world, step), spared=["late"])
         for each in (world, twin):
             each.optimizer.zero_grad()
             losses[each].backward()

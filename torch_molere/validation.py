@@ -49,13 +49,9 @@ class FixedValidation:
         Raises:
             ValueError: if the iterable yields nothing, or no ``(inputs, targets)``.
         """
-        try:
-            if self._iterator is None:
-                self._resume()
-            batch = self._next(self._position)
-        except BaseException:
-            self._iterator = None  # it may have ended; the next draw takes up the pass from here
-            raise
+        if self._iterator is None:
+            self._resume()
+        batch = self._next(self._position)
         if batch is None:
             if self._position == 0:
                 raise ValueError("validation is empty: it yielded no batch")

@@ -1,8 +1,8 @@
 """A training run that draws from every global random stream, and a nursery of processes of it to be killed.
 
 As a script it forks one process for every line that it reads, a folder and a place, and answers with its number. The
-process takes up the newest checkpoint in the folder and trains, saving as it goes, until it is killed: by the reader of
-its number, or by itself at a place inside the next write.
+process takes up the newest checkpoint in the folder and trains, saving as it goes and telling each step, until it is
+killed: by the reader of its number, or by itself at a place inside the next write.
 """
 
 import hashlib
@@ -119,6 +119,7 @@ def run(folder, place):
             if place != "anywhere" and path.exists():
                 kill_at(place)
             save_checkpoint(path, step=step, **objects)
+        os.write(1, b"step\n")
 
 
 if __name__ == "__main__":

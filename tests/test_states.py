@@ -47,7 +47,7 @@ def reweighter_of(kind, steps, seed=0):
 
 
 GOOD = {kind: copy.deepcopy(reweighter_of(kind, 5, seed=3).state_dict()) for kind in KINDS}
-WRONG = [None, -1, 0, 3, 10**30, True, 0.5, float("nan"), "auto", b"", [], {}, (1, 2), [None], {"a": 1}, object()]
+WRONG = [None, -1, 0, 3, 10**30, True, 0.5, float("nan"), "auto", b"", [], {}, (1, 2), [None], {"a": 1}, ...]
 WRONG += [torch.zeros(2), torch.zeros(0), torch.zeros(3, 1, 2), torch.ones(1, dtype=torch.long), torch.tensor(1.0)]
 
 

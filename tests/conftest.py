@@ -1,6 +1,17 @@
 """One Hypothesis profile for all: no deadlines (machines differ), the same examples everywhere."""
 
+import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("molere", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("molere")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules whose networks are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -11,6 +11,6 @@ def assert_same(a, b, rtol=0.0, atol=0.0):
     assert spec_a == spec_b
     for x, y in zip(leaves_a, leaves_b, strict=True):
         if isinstance(x, torch.Tensor):
-            torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+            torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True)
         else:
-            assert x == y
+            assert x == y or (x != x and y != y)  # NaN is the same as NaN

@@ -37,9 +37,9 @@ def sharded(model, **options):
 
 def values(model):
     """The full parameters and the buffers."""
-    from torch_molere.sharded import whole
+    from torch_molere.sharded import full
 
-    return {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: full(tensor).detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def train(rank, cut, name, engine):
@@ -168,10 +168,10 @@ def test_networks_stay_the_same_on_all_ranks():
 
 
 def test_a_model_that_is_not_sharded_is_known():
-    from torch_molere.sharded import check_sharded, check_synchronised, is_sharded, whole
+    from torch_molere.sharded import check_sharded, check_synchronised, full, is_sharded
 
     model = classifier(nn.LayerNorm)
     assert not is_sharded(model)
-    assert whole(model[0].weight) is model[0].weight
+    assert full(model[0].weight) is model[0].weight
     check_sharded(model, "forward", "before")
     check_synchronised(model)

@@ -1,5 +1,6 @@
 """Learned reweighting with hard validation samples (MOLERE) for any PyTorch training loop."""
 
+from torch_molere.checkpoint import load_checkpoint, save_checkpoint
 from torch_molere.distributed_state import DistributedState
 from torch_molere.hypergradients import hypergradient
 from torch_molere.margins import margins, probabilistic_margin, split_by_margin
@@ -21,7 +22,9 @@ __all__ = [
     "SignalWeighting",
     "StepResult",
     "hypergradient",
+    "load_checkpoint",
     "margins",
     "probabilistic_margin",
+    "save_checkpoint",
     "split_by_margin",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from torch_molere.distributed import processes
 from torch_molere.evaluation import batch_size, is_by_instance, move
+from torch_molere.journal import Journal
+from torch_molere.states import whole
 
 LABEL_TOLERANCE = 0.25
 """How far the share of a class among the buffer's labels may exceed its share of the stream, relative."""
@@ -33,15 +36,17 @@ class ValidationBuffer:
         capacity: the most instances it holds; where several processes train together, all their buffers together.
         max_bytes: the most memory its storage may take, together too; lowers the capacity where instances are large.
         seed: of its draws.
+        journal: notes its changes, so that those of a failed step can be taken back.
     """
 
-    def __init__(self, capacity: int, max_bytes: int, seed: int = 0) -> None:
+    def __init__(self, capacity: int, max_bytes: int, seed: int = 0, journal: Journal | None = None) -> None:
         if not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"buffer_size must be a positive number of samples, got {capacity!r}")
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"buffer_bytes must be a positive number of bytes, got {max_bytes!r}")
         self.capacity = -(-capacity // processes())
         self.max_bytes = -(-max_bytes // processes())
+        self._journal = journal or Journal()
         self._random = np.random.default_rng(seed)
         self._storage: list[Tensor] = []
         self._spec: Any = None  # how a batch's leaves go together
@@ -73,6 +78,7 @@ class ValidationBuffer:
 
     def departed(self) -> list[int]:
         """The rows that it has let go of since this was last asked."""
+        self._journal.keep(self, "_departed")
         departed, self._departed = self._departed, []
         return departed
 
@@ -82,9 +88,10 @@ class ValidationBuffer:
 
     def observe(self, classes: Iterable[int]) -> None:
         """Count the labels of a whole batch: P(y) is that of the stream, not of what is held out."""
-        for label in classes:
-            self._seen[label] = self._seen.get(label, 0) + 1
-            self._seen_total += 1
+        self._journal.keep(self, "_seen_total")
+        for label, count in Counter(classes).items():
+            self._journal.put(self._seen, label, self._seen.get(label, 0) + count)
+            self._seen_total += count
 
     def shares(self, classes: Sequence[int]) -> dict[int, float]:
         """P(y) of the classes of a batch: each one's share of the stream, this batch included."""
@@ -136,7 +143,11 @@ class ValidationBuffer:
         Raises:
             ValueError: as :meth:`check`.
         """
-        tensors, self._leaves, self._spec = self.check(batch)
+        tensors, leaves, spec = self.check(batch)
+        self._journal.keep(self, "_leaves", "_spec", "capacity", "_storage")
+        self._keep_random()
+        self._leaves, self._spec = leaves, spec
+        held_before = len(self)
         if not self._storage:
             self.capacity = self._capacity_for(tensors)
             self._storage = [tensor.new_empty((self.capacity, *tensor.shape[1:])) for tensor in tensors]
@@ -147,6 +158,8 @@ class ValidationBuffer:
             to = torch.tensor(list(slots), device=tensors[0].device)
             of = torch.tensor(list(slots.values()), device=tensors[0].device)
             for held, tensor in zip(self._storage, tensors, strict=True):
+                if min(slots) < held_before:
+                    self._journal.keep_rows(held, to)
                 held.index_copy_(0, to, tensor.detach().index_select(0, of))
 
     def draw(self, count: int) -> tuple[Any, list[int]]:
@@ -157,6 +170,7 @@ class ValidationBuffer:
         """
         if not len(self):
             raise RuntimeError("the validation buffer is empty: no instance has been sent to validation yet")
+        self._keep_random()
         slots = self._random.choice(len(self), size=min(count, len(self)), replace=False, shuffle=False)
         index = torch.from_numpy(slots).to(self._storage[0].device)
         return self._batch_of([tensor.index_select(0, index) for tensor in self._storage]), slots.tolist()
@@ -194,17 +208,17 @@ class ValidationBuffer:
             self._leave_class(slot)
         elif len(self) < self.capacity:
             slot = len(self)
-            self._classes.append(label)
-            self._rows.append(None)
-            self._place_in_class.append(0)
+            self._journal.append(self._classes, label)
+            self._journal.append(self._rows, None)
+            self._journal.append(self._place_in_class, 0)
         else:
             slot = self._replaceable(label)
             self._leave_class(slot)
             self._forget_row(slot)
         self._enter_class(slot, label)
-        self._rows[slot] = row
+        self._journal.put(self._rows, slot, row)
         if row is not None:
-            self._slot_of_row[row] = slot
+            self._journal.put(self._slot_of_row, row, slot)
         return slot
 
     def _replaceable(self, label: int) -> int:
@@ -214,25 +228,32 @@ class ValidationBuffer:
             return own[int(self._random.integers(len(own)))]
         return int(self._random.integers(len(self)))
 
+    def _keep_random(self) -> None:
+        if self._journal.recording:
+            generator = self._random.bit_generator
+            self._journal.note(setattr, generator, "state", generator.state)
+
     def _enter_class(self, slot: int, label: int) -> None:
-        slots = self._slots_of_class.setdefault(label, [])
-        self._classes[slot] = label
-        self._place_in_class[slot] = len(slots)
-        slots.append(slot)
+        if label not in self._slots_of_class:
+            self._journal.put(self._slots_of_class, label, [])
+        slots = self._slots_of_class[label]
+        self._journal.put(self._classes, slot, label)
+        self._journal.put(self._place_in_class, slot, len(slots))
+        self._journal.append(slots, slot)
 
     def _leave_class(self, slot: int) -> None:
         slots = self._slots_of_class[self._classes[slot]]
-        last = slots.pop()
+        last = self._journal.pop(slots)
         if last != slot:
             place = self._place_in_class[slot]
-            slots[place] = last
-            self._place_in_class[last] = place
+            self._journal.put(slots, place, last)
+            self._journal.put(self._place_in_class, last, place)
 
     def _forget_row(self, slot: int) -> None:
         row = self._rows[slot]
         if row is not None:
-            del self._slot_of_row[row]
-            self._departed.append(row)
+            self._journal.delete(self._slot_of_row, row)
+            self._journal.append(self._departed, row)
 
     def _drop(self, slot: int) -> None:
         self._leave_class(slot)
@@ -240,17 +261,16 @@ class ValidationBuffer:
         last = len(self) - 1
         if slot != last:
             for tensor in self._storage:
+                self._journal.note(operator.setitem, tensor, slot, tensor[slot].clone())
                 tensor[slot] = tensor[last]
-            self._slots_of_class[self._classes[last]][self._place_in_class[last]] = slot
-            self._classes[slot] = self._classes[last]
-            self._place_in_class[slot] = self._place_in_class[last]
-            self._rows[slot] = self._rows[last]
+            self._journal.put(self._slots_of_class[self._classes[last]], self._place_in_class[last], slot)
+            for by_slot in (self._classes, self._place_in_class, self._rows):
+                self._journal.put(by_slot, slot, by_slot[last])
             row = self._rows[slot]
             if row is not None:
-                self._slot_of_row[row] = slot
-        self._classes.pop()
-        self._rows.pop()
-        self._place_in_class.pop()
+                self._journal.put(self._slot_of_row, row, slot)
+        for by_slot in (self._classes, self._place_in_class, self._rows):
+            self._journal.pop(by_slot)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, in types that ``torch.load(weights_only=True)`` reads."""
@@ -266,27 +286,50 @@ class ValidationBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Put back what :meth:`state_dict` gave, with its tensors on ``device``."""
-        self.capacity = state["capacity"]
-        self._classes = list(state["classes"])
-        self._rows = list(state["rows"])
-        self._slots_of_class = {label: list(slots) for label, slots in state["slots_of_class"].items()}
-        self._place_in_class = [0] * len(self._classes)
-        for slots in self._slots_of_class.values():
+        """Put back what :meth:`state_dict` gave, with its tensors on ``device``.
+
+        Raises:
+            ValueError: if its parts do not fit each other or the byte cap. Nothing has changed then.
+        """
+        capacity, classes, rows = whole(state["capacity"], "capacity", 1), list(state["classes"]), list(state["rows"])
+        slots_of_class = {label: list(slots) for label, slots in state["slots_of_class"].items()}
+        known = [row for row in rows if row is not None]
+        if len(rows) != len(classes) or len(classes) > capacity or len(set(known)) != len(known):
+            raise ValueError(f"the buffer's {len(classes)} classes and {len(rows)} rows do not fit capacity={capacity}")
+        for number in (*classes, *known, *state["seen"]):
+            whole(number, "a class or row of the buffer", None)
+        for count in state["seen"].values():
+            whole(count, "how often a class was seen")
+        placed = [(slot, label) for label, slots in slots_of_class.items() for slot in slots]
+        if sorted(placed) != list(enumerate(classes)):
+            raise ValueError("the buffer's slots_of_class contradict its classes")
+        generator = np.random.default_rng()
+        generator.bit_generator.state = state["random"]
+        tensors, leaves, spec = _flattened(move(state["held"], device))
+        if (state["held"] is None and classes) or any(tensor.shape[:1] != (len(classes),) for tensor in tensors):
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            raise ValueError(f"the buffer must hold {len(classes)} instances, got tensors of shapes {shapes}")
+        per_sample = sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors)
+        if (capacity - 1) * per_sample > self.max_bytes:  # dealt out among processes, one may have one more
+            raise ValueError(
+                f"the state's capacity={capacity} instances take {capacity * per_sample} bytes, more than "
+                f"buffer_bytes={self.max_bytes}"
+            )
+        storage = [tensor.new_empty((capacity, *tensor.shape[1:])) for tensor in tensors]
+        for kept, tensor in zip(storage, tensors, strict=True):
+            kept[: len(classes)] = tensor
+
+        self.capacity, self._random = capacity, generator
+        self._storage, self._leaves, self._spec = storage, leaves, spec
+        self._classes, self._rows, self._slots_of_class = classes, rows, slots_of_class
+        self._place_in_class = [0] * len(classes)
+        for slots in slots_of_class.values():
             for place, slot in enumerate(slots):
                 self._place_in_class[slot] = place
-        self._slot_of_row = {row: slot for slot, row in enumerate(self._rows) if row is not None}
+        self._slot_of_row = {row: slot for slot, row in enumerate(rows) if row is not None}
         self._seen = dict(state["seen"])
         self._seen_total = sum(self._seen.values())
         self._departed = []
-        self._random.bit_generator.state = state["random"]
-        self._storage, self._spec, self._leaves = [], None, []
-        if state["held"] is not None:
-            tensors, self._leaves, self._spec = _flattened(move(state["held"], device))
-            for held in tensors:
-                storage = held.new_empty((self.capacity, *held.shape[1:]))
-                storage[: len(held)] = held
-                self._storage.append(storage)
 
 
 def _flattened(batch: Any) -> tuple[list[Tensor], list[Any], Any]:
@@ -323,4 +366,7 @@ class Quota:
         return {"low_carry": self._low_carry, "high_carry": self._high_carry}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._low_carry, self._high_carry = state["low_carry"], state["high_carry"]
+        low, high = float(state["low_carry"]), float(state["high_carry"])
+        if not (0.0 <= low < math.inf and 0.0 <= high <= 1.0):
+            raise ValueError(f"the quota's low_carry must be finite, high_carry in [0, 1], got {low} and {high}")
+        self._low_carry, self._high_carry = low, high

@@ -98,7 +98,7 @@ def _buffer(parts: Sequence[dict[str, Any]], rank: int, number: int) -> dict[str
     capacity = sum(part["capacity"] for part in parts)
     stream = np.random.default_rng([parts[0]["random"]["state"]["state"], rank])
     return {
-        "capacity": max(-(-capacity // number), len(classes[own])),
+        "capacity": max(capacity // number, len(classes[own])),
         "held": _batch([part["held"] for part in parts if part["held"] is not None], own),
         "classes": classes[own],
         "rows": rows[own],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_molere.distributed import anywhere, gathered
-from torch_molere.hypergradients import Engine, TrainingForward, finite_difference, forward_mode
+from torch_molere.hypergradients import ENGINES, Engine, TrainingForward, finite_difference, forward_mode
 
 logger = logging.getLogger("torch_molere")
 
@@ -110,8 +110,15 @@ class DirectionalDerivative:
         return {"engine": self.engine, "repeatable": self.repeatable}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave."""
-        self.engine, self.repeatable = state["engine"], state["repeatable"]
+        """Put back what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: for another engine than there is.
+        """
+        engine, repeatable = state["engine"], state["repeatable"]
+        if engine not in ENGINES or not (repeatable is None or isinstance(repeatable, bool)):
+            raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}, repeatable={repeatable!r}")
+        self.engine, self.repeatable = engine, repeatable
 
 
 def _distance(found: Tensor, of: Tensor) -> float | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_molere.distributed import everyones, summed
+from torch_molere.journal import Journal
 from torch_molere.samples import Samples
 
 _COLUMNS = ("seen", "loss", "margin", "correct", "held_out", "weighed", "weight")
@@ -19,7 +20,8 @@ class SampleHistory:
     Takes seven numbers a row, and time independent of how many rows there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal or Journal()
         self._sums = torch.zeros(0, len(_COLUMNS))
 
     def record(self, samples: Samples, weights: Tensor, val_mask: Tensor, warming_up: bool) -> None:
@@ -32,6 +34,7 @@ class SampleHistory:
         weighed = torch.zeros_like(ones) if warming_up else (~val_mask).to(ones.dtype)
         columns = [ones, samples.losses, margins, samples.correct, val_mask, weighed, weighed * weights]
         values = torch.stack([column.to(self._sums.dtype) for column in columns], dim=1)
+        self._journal.keep_rows(self._sums, samples.indices)
         self._sums.index_add_(0, samples.indices, values)
 
     def table(self) -> dict[str, Tensor]:
@@ -71,11 +74,20 @@ class SampleHistory:
         return {"sums": self._sums.clone()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Put back what :meth:`state_dict` gave, on ``device``."""
-        self._sums = state["sums"].to(device).clone()
+        """Put back what :meth:`state_dict` gave, on ``device``.
+
+        Raises:
+            ValueError: for sums of another shape or dtype.
+        """
+        sums = state["sums"]
+        if not isinstance(sums, Tensor) or sums.shape[1:] != self._sums.shape[1:] or not sums.is_floating_point():
+            found = f"{tuple(sums.shape)} {sums.dtype}" if isinstance(sums, Tensor) else type(sums).__name__
+            raise ValueError(f"the history's sums must be floating (rows, {len(_COLUMNS)}), got {found}")
+        self._sums = sums.to(device, self._sums.dtype, copy=True)
 
     def _reserve(self, rows: int, device: torch.device) -> None:
         if rows > len(self._sums):
             larger = torch.zeros(max(rows, 2 * len(self._sums)), len(_COLUMNS), device=device)
             larger[: len(self._sums)] = self._sums
+            self._journal.keep(self, "_sums")
             self._sums = larger

@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from torch_molere.buffer import Quota, ValidationBuffer
 from torch_molere.distributed import sum_gradients
 from torch_molere.evaluation import Arguments
+from torch_molere.journal import Journal
 from torch_molere.membership import HeldElsewhere
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
+from torch_molere.states import finite_gradients, load_optimizer
 
 LEAST = 2
 """The fewest instances worth a meta-update, kept whatever the splitter says: batch norm needs two."""
@@ -41,6 +43,7 @@ class HoldOut:
         buffer: what holds the instances.
         val_fraction: δ, in (0, 1).
         seed: of the random split during warm-up.
+        journal: notes its changes, so that those of a failed step can be taken back.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class HoldOut:
         buffer: ValidationBuffer,
         val_fraction: float,
         seed: int,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal or Journal()
         self.splitter = splitter
         self.optimizer = optimizer
         self.buffer = buffer
@@ -93,6 +98,7 @@ class HoldOut:
         """Hold the chosen instances; rows of this batch that are not among them go back to training."""
         chosen, classes, rows = choice.positions, choice.classes, choice.rows
         self.buffer.observe(classes)
+        self._journal.note(self.quota.load_state_dict, self.quota.state_dict())
         self.quota.spend(len(classes), len(chosen))
         self.buffer.insert(
             (samples.arguments, samples.targets),
@@ -118,10 +124,12 @@ class HoldOut:
         with torch.set_grad_enabled(self.optimizer is not None):
             loss, p_validation = splitter_loss(self.splitter, validation, batch, self.quota.val_fraction)
         if self.optimizer is not None and bool(torch.isfinite(loss.detach())):
+            self._journal.keep_network(self.splitter, self.optimizer)
             self.optimizer.zero_grad()
             loss.backward()
             sum_gradients(self.splitter)
-            self.optimizer.step()
+            if finite_gradients(self.splitter):
+                self.optimizer.step()
             self.optimizer.zero_grad()
         easy = ((p_validation >= 0.5) & validation.correct).tolist()
         self.buffer.release([slot for slot, is_easy in zip(slots, easy, strict=True) if is_easy], keep=len(slots))
@@ -150,8 +158,7 @@ class HoldOut:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Put back what :meth:`state_dict` gave, with its tensors on ``device``."""
         self.splitter.load_state_dict(state["splitter"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.buffer.load_state_dict(state["buffer"], device)
         self.elsewhere = HeldElsewhere()
         self.quota.load_state_dict(state["quota"])

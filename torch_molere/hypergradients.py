@@ -11,6 +11,7 @@ The n inner products are one directional derivative of the vector of losses alon
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,10 +39,13 @@ from torch_molere.evaluation import (
     per_sample_losses,
     preserved_randomness,
 )
-from torch_molere.sharded import any_sharded, is_sharded, standing_in, whole
+from torch_molere.sharded import any_sharded, full, is_sharded, standing_in
 from torch_molere.update import Update, check_differentiable
 
 Engine = Literal["auto", "forward", "finite", "unrolled"]
+_FORWARD_AD = threading.RLock()
+"""PyTorch's forward-mode levels are those of the process: one thread at a time."""
+
 ENGINES: tuple[Engine, ...] = ("auto", "forward", "finite", "unrolled")
 
 
@@ -87,7 +91,7 @@ def forward_mode(forward: TrainingForward, parameters: dict[str, Tensor], direct
     """
     if any_sharded(parameters.values()):
         raise NotImplementedError("FSDP2 gathers the values of its own parameters, without their derivatives")
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with _FORWARD_AD, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # PyTorch scripts its own forward-mode rules at the first use, and warns of its own deprecation.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         tangents: Tensor = torch.func.jvp(forward.losses, (parameters,), (direction,))[1]
@@ -109,7 +113,7 @@ def finite_difference(
     Raises:
         TypeError: if the parameters have less than single precision, in which no step is both small and visible.
     """
-    norm = whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction.values())))))
+    norm = full(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction.values())))))
     precision = min((u.dtype for u in direction.values()), key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(precision).bits < 32:
         raise TypeError(f"the finite engine needs float32 or float64 parameters, got {precision}; use engine='forward'")

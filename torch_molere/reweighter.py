@@ -44,9 +44,11 @@ from torch_molere.hypergradients import (
     unrolled,
     validation_gradient,
 )
+from torch_molere.journal import Journal
 from torch_molere.samples import CorrectFn, Samples, default_correct
 from torch_molere.sharded import check_sharded, check_synchronised
 from torch_molere.splitting import LearnedSplitter
+from torch_molere.states import finite_gradients, load_optimizer, whole
 from torch_molere.update import Update, check_differentiable, inner_optimizer
 from torch_molere.validation import FixedValidation
 from torch_molere.weighting import SignalWeighting, normalised
@@ -149,6 +151,15 @@ class MetaReweighter:
         scaler: the gradient scaler of a float16 loop of your own. An update that it skips is skipped here too.
         seed: of everything random here. The global random streams are neither read nor moved.
 
+    A step that raises has not happened: parameters, buffers, gradients, the optimizer's and all other state and the
+    random streams are as before it, and the next step works. In a loop of your own the same is true of :meth:`loss`
+    (which takes back the forward, too) and of the meta-update inside ``optimizer.step()``. What your optimizer itself
+    leaves half done when it fails is its own.
+
+    Threads: reweighters of models of their own do not disturb each other, but PyTorch's random stream is one for the
+    process, and a step borrows it. With other threads that draw from it (dropout, a random split without ``indices``)
+    nothing is repeatable, and the stream is not left as it was. Use processes there.
+
     Attributes:
         result: the latest step's :class:`StepResult`, or None.
         history: the :class:`~torch_molere.history.SampleHistory` of rows that came with ``indices``: which are hard.
@@ -205,6 +216,9 @@ class MetaReweighter:
         _check_count("warmup_steps", warmup_steps, 0)
         if val_batch_size is not None:
             _check_count("val_batch_size", val_batch_size, 1)
+        _check_count("seed", seed, 0)
+        if seed >= 2**63:
+            raise ValueError(f"seed must be less than 2**63, got {seed}")
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler  # Accelerate's wrapper has it
         optimizer = inner_optimizer(optimizer)
         trained_parameters(model, optimizer)
@@ -226,7 +240,8 @@ class MetaReweighter:
         self.seed = seed
         self.steps = 0
         self.result: StepResult | None = None
-        self.history = SampleHistory()
+        self._journal = Journal()
+        self.history = SampleHistory(self._journal)
 
         device = device_of(model)
         self.holdout: HoldOut | None = None
@@ -236,9 +251,9 @@ class MetaReweighter:
             self.weighting_optimizer = _optimizer_of(self.weighting, weighting_optimizer, weighting_lr)
             if validation is None:
                 splitter = (LearnedSplitter() if splitter is None else splitter).to(device)
-                buffer = ValidationBuffer(buffer_size, buffer_bytes, seed)
+                buffer = ValidationBuffer(buffer_size, buffer_bytes, seed, self._journal)
                 theta_optimizer = _optimizer_of(splitter, splitter_optimizer, splitter_lr)
-                self.holdout = HoldOut(splitter, theta_optimizer, buffer, val_fraction, seed)
+                self.holdout = HoldOut(splitter, theta_optimizer, buffer, val_fraction, seed, self._journal)
             else:
                 self.validation = FixedValidation(validation, device, seed)
         self._configuration = {
@@ -291,22 +306,15 @@ class MetaReweighter:
                 + (f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else type(batch).__name__)
             )
         positional, named = arguments_of(batch[0])
-        call, steps = None, self.steps
-        try:
+        with self._journal.all_or_nothing():
+            self._keep()
             with torch.enable_grad():
                 self._call = None
-                outputs = self.model(*positional, **named)
-                call = self._call
-                loss = self.loss(outputs, *batch[1:])
+                loss = self.loss(self.model(*positional, **named), *batch[1:])
+                self._keep_gradients()
                 self.optimizer.zero_grad()
                 loss.backward()
             self.optimizer.step()
-        except BaseException:
-            self._weighted = []
-            call = call or self._call
-            if call is not None and self.steps == steps:
-                self._undo(call)
-            raise
         assert self.result is not None
         return self.result
 
@@ -327,20 +335,16 @@ class MetaReweighter:
         Raises:
             As :meth:`step`; RuntimeError if ``model`` has not been called since the last loss.
         """
-        losses = per_sample_losses(self.loss_fn, outputs, targets)
         if not torch.is_grad_enabled():
-            return losses.mean()
-        if self._call is None:
+            return per_sample_losses(self.loss_fn, outputs, targets).mean()
+        call, self._call = self._call, None
+        if call is None:
             raise RuntimeError("loss(outputs, targets) needs outputs of a call of the model made since the last loss")
-        draws = self._draws
-        try:
-            weighted_loss = self._weighted_loss(self._call, outputs, targets, losses, indices)
-        except BaseException:
-            self._draws = draws
-            self._undo(self._call)
-            raise
-        self._call = None
-        return weighted_loss
+        with self._journal.all_or_nothing():
+            self._keep()
+            self._journal.note(self._undo, call)
+            losses = per_sample_losses(self.loss_fn, outputs, targets)
+            return self._weighted_loss(call, outputs, targets, losses, indices)
 
     @property
     def engine(self) -> Engine:
@@ -388,14 +392,16 @@ class MetaReweighter:
             ValueError: if ``state`` is of another kind, version or configuration, or does not fit the networks; names
                 what differs. Nothing has changed then.
         """
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, dict) else type(state).__name__
+        found = state.get("version") if isinstance(state, dict) else type(state).__name__
+        if type(found) is not int or found != STATE_VERSION:
             raise ValueError(f"state_dict must be one of MetaReweighter, version {STATE_VERSION}, got {found!r}")
-        theirs = state.get("configuration", {})
+        theirs = state.get("configuration")
+        if not isinstance(theirs, dict):
+            raise ValueError(f"state_dict must have a configuration, got {theirs!r:.60}")
         different = [
-            f"{name}={theirs.get(name)!r} (here {mine!r})"
+            f"{name}={theirs.get(name)!r:.60} (here {mine!r})"
             for name, mine in self._configuration.items()
-            if theirs.get(name) != mine
+            if type(theirs.get(name)) is not type(mine) or theirs.get(name) != mine
         ]
         if different:
             raise ValueError(
@@ -407,20 +413,20 @@ class MetaReweighter:
             self._load(state)
         except Exception as error:
             self._load(present)
-            raise ValueError(f"state_dict does not fit this reweighter: {error}") from error
+            cause = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"state_dict does not fit this reweighter: {cause}") from error
+        self._weighted, self._call = [], None
 
     def _load(self, state: dict[str, Any]) -> None:
         self.weighting.load_state_dict(state["weighting"])
-        if self.weighting_optimizer is not None:
-            self.weighting_optimizer.load_state_dict(state["weighting_optimizer"])
+        load_optimizer(self.weighting_optimizer, state["weighting_optimizer"])
         if self.holdout is not None:
             self.holdout.load_state_dict(state["holdout"], device_of(self.model))
         if self.validation is not None:
             self.validation.load_state_dict(state["validation"])
         self.history.load_state_dict(state["history"], device_of(self.model))
-        self.seed, self.steps, self._draws = state["seed"], state["steps"], state["draws"]
         self._directional_derivative.load_state_dict(state["engine"])
-        self._weighted, self._call = [], None
+        self.seed, self.steps, self._draws = (whole(state[name], name) for name in ("seed", "steps", "draws"))
 
     def close(self) -> None:
         """Take the hooks off model and optimizer; both are then as if they had never been wrapped.
@@ -444,11 +450,27 @@ class MetaReweighter:
 
     # Before the update: split and weigh.
 
+    def _keep(self) -> None:
+        """What a step or a loss may change of this object itself; the rest is noted where it is changed."""
+        self._journal.keep(self, "result", "_draws", "_call", "_weighted")
+        self._journal.keep(self._directional_derivative, "engine", "repeatable")
+        self._weighted = list(self._weighted)
+        networks = [self.weighting] if self.splitter is None else [self.weighting, self.splitter]
+        self._journal.keep_tensors([buffer for network in networks for buffer in network.buffers()])
+
+    def _keep_gradients(self) -> None:
+        held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        others = [p for p in self._network.parameters() if p not in held]
+        self._journal.keep_tensors([p.grad for p in others if p.grad is not None])  # backward adds to these in place
+        for parameter in (*held, *others):
+            self._journal.note(setattr, parameter, "grad", parameter.grad)
+
     def _record_call(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._observing and torch.is_grad_enabled():
             self._call = _Call(
                 (positional, named), RandomState.now(device_of(self._network)), buffer_copies(self._network)
             )
+            self._journal.note(self._undo, self._call)
 
     def _undo(self, call: _Call) -> None:
         """Take back what a call of the model changed."""
@@ -538,13 +560,15 @@ class MetaReweighter:
 
     def _next_seed(self) -> int:
         self._draws += 1
-        return self.seed * 1_000_003 + self._draws
+        return (self.seed * 1_000_003 + self._draws) % 2**63
 
     # Around the update: the meta-gradient.
 
     def _backward_through(self, weighted: _Weighted, gradient: Tensor) -> None:
         """Hook of a loss: it is part of the next update from now on, and alone so where there are no gradients yet."""
-        if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+        if self._weighted and not any(
+            p.grad is not None and bool(p.grad.any()) for group in self.optimizer.param_groups for p in group["params"]
+        ):
             self._weighted = []  # of an update that was skipped
         # A scaler takes its factor out of the gradients before the optimizer sees them.
         weighted.scale = gradient.detach() / (1.0 if self.scaler is None else self.scaler.get_scale())
@@ -553,9 +577,10 @@ class MetaReweighter:
     def _before_update(
         self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The "after" order: the step about to be taken is the look-ahead. If this fails nothing has changed.
+        """The "after" order: the step about to be taken is the look-ahead.
 
         A closure is called here, once, as these optimizers do themselves, and the step gets one that returns its loss.
+        If this fails nothing has changed, and the step can be taken without a meta-update.
         """
         closures = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]
         arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -565,12 +590,15 @@ class MetaReweighter:
             arguments = (optimizer, lambda: loss), {}
         weighted, self._weighted = self._weighted, []
         if weighted and self.result is not None:
-            gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
-            self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
+            with self._journal.all_or_nothing():
+                self._keep()
+                gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
+                self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
         return arguments
 
     def _after_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.steps += 1
+        self._journal.commit()  # θ has moved
 
     def _virtual_gradients(self, losses: Tensor, weights: _Weights) -> Sequence[Tensor | None]:
         """The "before" order: the gradients of a step with the present φ, which will not be taken."""
@@ -587,7 +615,7 @@ class MetaReweighter:
                 "empty",
                 "no meta-update: the validation buffer holds fewer than two instances so far. It fills at val_fraction "
                 "of each batch, and one instance always stays on the training side, so batches of one never fill it; "
-                "raise warmup_steps, use larger batches or pass validation=",
+                "raise warmup_steps, use larger batches and a buffer_size of at least 2, or pass validation=",
             )
             return None
         batch, slots = drawn
@@ -616,6 +644,7 @@ class MetaReweighter:
 
     def _draw_validation(self, batch_size: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
         if self.validation is not None:
+            self._journal.note(self.validation.load_state_dict, self.validation.state_dict())
             return self.validation.draw(), []
         assert self.holdout is not None
         return self.holdout.draw(self.val_batch_size or batch_size)
@@ -644,6 +673,7 @@ class MetaReweighter:
     ) -> None:
         """A step of φ and a step of Θ; all gradients are taken before anything moves."""
         if self.weighting_optimizer is not None:
+            self._journal.keep_network(self.weighting, self.weighting_optimizer)
             self.weighting_optimizer.zero_grad()
             for w, derivative in zip(weighted, derivatives, strict=True):
                 w.weights.everyone.backward(gradient=derivative.to(w.weights.everyone.dtype))
@@ -654,7 +684,10 @@ class MetaReweighter:
             with self._aside(validation.losses.device):
                 self.holdout.learn(held, weighted[0].samples, slots)
         if self.weighting_optimizer is not None:
-            self.weighting_optimizer.step()
+            if finite_gradients(self.weighting):
+                self.weighting_optimizer.step()
+            else:
+                self._say("nonfinite", "skipped a meta-update: the weighting's gradient is not finite")
             self.weighting_optimizer.zero_grad()
 
     @contextmanager

@@ -27,12 +27,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any_sharded(model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """The full value of a ``DTensor``, in every process; any other tensor itself."""
     if not any_sharded([tensor]):
         return tensor
-    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return full
+    value: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return value
 
 
 def check_sharded(model: nn.Module, engine: str, order: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from torch_molere.evaluation import Arguments, arguments_of, move, preserved_randomness
+from torch_molere.states import whole
 
 
 class FixedValidation:
@@ -50,7 +51,7 @@ class FixedValidation:
         """
         if self._iterator is None:
             self._resume()
-        batch = self._next()
+        batch = self._next(self._position)
         if batch is None:
             if self._position == 0:
                 raise ValueError("validation is empty: it yielded no batch")
@@ -61,28 +62,32 @@ class FixedValidation:
             raise ValueError(f"validation must yield (inputs, targets) batches, got {type(batch).__name__}")
         return arguments_of(move(batch[0], self.device)), move(batch[1], self.device)
 
-    def _next(self) -> Any:
+    def _next(self, position: int) -> Any:
         assert self._iterator is not None
-        with preserved_randomness(torch.device("cpu"), self._seed_of(self._position)):
+        with preserved_randomness(torch.device("cpu"), self._seed_of(position)):
             return next(self._iterator, None)
 
     def _resume(self) -> None:
         """Start the present pass and skip what was drawn of it already."""
-        drawn = self._position
         with preserved_randomness(torch.device("cpu"), self._seed_of(-1)):
             self._iterator = iter(self.batches)
-        for self._position in range(drawn):
-            self._next()
-        self._position = drawn
+        for position in range(self._position):
+            if self._next(position) is None:
+                break  # it has become shorter
 
     def _seed_of(self, position: int) -> int:
-        return (self.seed * 1_000_003 + self._pass) * 1_000_003 + position + 1
+        return ((self.seed * 1_000_003 + self._pass) * 1_000_003 + position + 1) % 2**63
 
     def state_dict(self) -> dict[str, int]:
         """Where in which pass it is."""
         return {"pass": self._pass, "position": self._position, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up a pass where :meth:`state_dict` was called."""
-        self._pass, self._position, self.seed = state["pass"], state["position"], state["seed"]
+        """Take up a pass where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: for other than whole numbers.
+        """
+        parts = [whole(state[name], f"the validation's {name}") for name in ("pass", "position", "seed")]
+        self._pass, self._position, self.seed = parts
         self._iterator = None

@@ -750,6 +750,7 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """An optimizer hook that does not keep its reweighter alive."""
     reference = weakref.WeakMethod(method)
 
+    @torch.compiler.disable  # a compiled optimizer calls it between its graphs
     def hook(*arguments: Any) -> Any:
         bound = reference()
         return None if bound is None else bound(*arguments)

@@ -71,11 +71,11 @@ def held_out(rank):
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
     reweighter = MetaReweighter(network, optimizer, warmup_steps=3, every=2, val_fraction=0.25, splitter_lr=0.05)
     sent = []
-    for step in range(12):
+    for step in range(40):
         result = reweighter.step(part(batch(step, 40), rank, 20))
         sent.append(int(result.val_mask.sum()))
     networks = (network.state_dict(), reweighter.weighting.state_dict(), reweighter.splitter.state_dict())
-    return networks, sent, len(reweighter.buffer), reweighter.engine
+    return networks, sent, reweighter.buffer.class_counts(), reweighter.engine
 
 
 def passed_around(rank, buffer_size):
@@ -146,10 +146,12 @@ def test_networks_stay_the_same_on_all_ranks_with_buffers_of_their_own():
     (first, sent, held, engine), (second, also_sent, also_held, also_engine) = in_processes(2, held_out)
     assert_same(first, second)
     assert engine == also_engine == "finite"
-    assert held > 0
-    assert also_held > 0
-    # Together they keep to δ = 1/4 of 40 rows a step.
-    assert 0.5 * 0.25 * 480 - 40 <= sum(sent) + sum(also_sent) <= 1.5 * 0.25 * 480 + 2
+    # Together they keep to δ = 1/4 of 40 rows a step, and to the classes of the stream.
+    assert 0.5 * 0.25 * 1600 - 40 <= sum(sent) + sum(also_sent) <= 1.5 * 0.25 * 1600 + 2
+    together = torch.tensor([held[label] + also_held[label] for label in range(3)])
+    stream = torch.cat([batch(step, 40)[1] for step in range(40)]).bincount() / 1600
+    assert together.sum() > 100
+    assert ((together / together.sum() - stream).abs() < 0.3 * stream).all()
 
 
 @pytest.mark.parametrize(("number", "buffer_size"), [(2, 2048), (3, 2048), (2, 7)])

@@ -1,6 +1,7 @@
 """One Hypothesis profile for all: no deadlines (machines differ), the same examples everywhere."""
 
 import pytest
+import ranks
 import torch
 from hypothesis import settings
 
@@ -15,3 +16,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ranks_end():
+    yield
+    ranks.end_processes()

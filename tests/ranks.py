@@ -1,7 +1,6 @@
 """Functions run by several processes that train together (gloo on the CPU)."""
 
 import datetime
-import functools
 import multiprocessing
 import os
 import tempfile
@@ -10,11 +9,20 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import torch.distributed as dist
 
+_processes = []
 
-@functools.cache
+
 def _process(rank):
     """One process a rank, kept for all tests: importing PyTorch takes longer than they do."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    while len(_processes) <= rank:
+        _processes.append(ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")))
+    return _processes[rank]
+
+
+def end_processes():
+    """Wait for them to end, so that what they covered is known before the tests are over."""
+    while _processes:
+        _processes.pop().shutdown()
 
 
 def _run(rank, number, meeting, function, positional, named):

@@ -398,6 +398,26 @@ def test_warm_up_is_plain_training_on_the_training_side():
     assert not reweighter.warming_up
 
 
+def test_validation_instances_that_are_not_held_out_are_trained_on_like_all_others():
+    model = classifier()
+    by_hand = copy.deepcopy(model)
+    optimizer = sgd(by_hand)
+    reweighter = MetaReweighter(model, sgd(model), warmup_steps=4, every=1, hold_out=False)
+    for step, (x, y) in enumerate(batches(8)):
+        random = torch.get_rng_state()
+        result = reweighter.step((x, y, torch.arange(len(y))))
+        torch.set_rng_state(random)  # by hand with the same dropout
+        torch.testing.assert_close(result.weights.mean(), torch.ones((), dtype=torch.double))
+        assert bool((result.weights > 0).all())
+        if step < 4:  # warm-up is plain training, bit for bit
+            optimizer.zero_grad()
+            F.cross_entropy(by_hand(x), y, reduction="none").mean().backward()
+            optimizer.step()
+            assert_same(model.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
+    table = reweighter.history.table()
+    assert bool((table["held_out"] > 0).any()) and not bool(table["weight"].isnan().any())
+
+
 def test_rows_stay_on_their_side_across_epochs():
     model = classifier()
     reweighter = MetaReweighter(model, sgd(model), warmup_steps=100, val_fraction=0.25)

@@ -65,7 +65,7 @@ class StepResult:
     Attributes:
         loss: scalar, the weighted training loss, detached.
         outputs: the model's outputs for the whole batch, detached (the ``.logits`` of an output object).
-        weights: ``(B,)`` with mean one over the training side and 0 for instances sent to validation.
+        weights: ``(B,)`` with mean one over the training side and 0 for instances held out of it.
         val_mask: ``(B,)`` bool, the instances sent to validation.
         val_loss: scalar, the mean validation loss after the update, or None on steps without a meta-update.
     """
@@ -133,7 +133,9 @@ class MetaReweighter:
             and ``"unrolled"`` as in :func:`torch_molere.hypergradient`.
         order: ``"after"`` updates φ after the optimizer's step, which serves as the look-ahead; ``"before"`` takes a
             virtual look-ahead first, so that the new φ weighs this very batch, as in the paper, at a higher cost.
-        val_fraction: δ, the share of the stream held out by the splitter, in (0, 1).
+        val_fraction: δ, the share of the stream that the splitter sends to validation, in (0, 1).
+        hold_out: whether instances sent to validation are left out of training, as in the paper; False trains on them
+            too, with a weight like all others.
         every: Q, a meta-update at every Q-th step.
         warmup_steps: steps of plain training first, with a random split; the paper warms up for a quarter of training.
         val_batch_size: instances drawn from the buffer for a meta-update; default as many as the training batch has.
@@ -170,6 +172,7 @@ class MetaReweighter:
         hypergradient: Engine = "auto",
         order: Order = "after",
         val_fraction: float = 0.1,
+        hold_out: bool = True,
         every: int = 5,
         warmup_steps: int = 500,
         val_batch_size: int | None = None,
@@ -215,6 +218,7 @@ class MetaReweighter:
         self.correct_fn = correct_fn
         self.scaler = scaler
         self.order = order
+        self.hold_out = hold_out
         self.every = every
         self.warmup_steps = warmup_steps
         self.val_batch_size = val_batch_size
@@ -246,6 +250,7 @@ class MetaReweighter:
             "splitter": None if self.holdout is None else type(self.holdout.splitter).__name__,
             "validation": "buffer" if self.holdout is not None else "fixed",
             "val_fraction": None if self.holdout is None else val_fraction,
+            "hold_out": None if self.holdout is None else hold_out,
         }
 
         self._directional_derivative = DirectionalDerivative(hypergradient)
@@ -468,7 +473,7 @@ class MetaReweighter:
         training: Tensor | None = None
         if choice is not None and choice.positions:
             val_mask[choice.positions] = True
-            training = ~val_mask
+            training = ~val_mask if self.hold_out else None
         weights = self._weights(samples, training, graph=meta)
         if self.holdout is not None and choice is not None:
             self.holdout.put(samples, choice)
@@ -485,7 +490,8 @@ class MetaReweighter:
         loss, own = _weighted_mean(losses, weights)
         if weighted is not None and self.order == "after":
             loss.register_hook(partial(self._backward_through, weighted))
-        self.history.record(samples, own, val_mask, self.warming_up)
+        trained = torch.ones_like(val_mask) if training is None else training
+        self.history.record(samples, own, val_mask, torch.zeros_like(trained) if self.warming_up else trained)
         self.result = StepResult(loss.detach(), samples.outputs, own, val_mask, val_loss)
         return loss
 

@@ -14,7 +14,14 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from torch_molere import FreeWeighting, InputWeighting, MarginSplitter, MetaReweighter, SignalWeighting
+from torch_molere import (
+    FreeWeighting,
+    InputWeighting,
+    MarginSplitter,
+    MetaReweighter,
+    SignalWeighting,
+    expected_error,
+)
 from torch_molere.weighting import normalised
 
 
@@ -61,7 +68,8 @@ def exposed(model, optimizer, weighting, lr=1.0, **options):
 
 @pytest.mark.parametrize("order", ["after", "before"])
 @pytest.mark.parametrize("engine", ["forward", "finite", "unrolled"])
-def test_both_orders_equal_higher(order, engine):
+@pytest.mark.parametrize("val_loss_fn", [None, expected_error])
+def test_both_orders_equal_higher(order, engine, val_loss_fn):
     """Ten steps of θ and φ, written out with ``higher``."""
     model = classifier()
     del model[3]  # dropout: higher's forwards would draw other masks
@@ -80,6 +88,7 @@ def test_both_orders_equal_higher(order, engine):
         warmup_steps=3,
         order=order,
         hypergradient=engine,
+        val_loss_fn=val_loss_fn,
     )
     theta_optimizer = sgd(by_hand)
     drawn = 0
@@ -106,7 +115,10 @@ def test_both_orders_equal_higher(order, engine):
             drawn += 1
             with higher.innerloop_ctx(by_hand, theta_optimizer) as (functional, inner):
                 inner.step((weights() * F.cross_entropy(functional(x), y, reduction="none")).mean())
-                loss = F.cross_entropy(functional(xv), yv)
+                if val_loss_fn is None:
+                    loss = F.cross_entropy(functional(xv), yv)
+                else:
+                    loss = (1.0 - functional(xv).softmax(1)[torch.arange(len(yv)), yv]).mean()
                 gradients = torch.autograd.grad(loss, list(phi.parameters()))
             for parameter, gradient in zip(phi.parameters(), gradients, strict=True):
                 parameter.grad = gradient

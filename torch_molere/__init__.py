@@ -1,5 +1,6 @@
 """Learned reweighting with hard validation samples (MOLERE) for any PyTorch training loop."""
 
+from torch_molere.evaluation import expected_error
 from torch_molere.hypergradients import hypergradient
 from torch_molere.margins import margins, probabilistic_margin, split_by_margin
 from torch_molere.reweighter import MetaReweighter, StepResult
@@ -18,6 +19,7 @@ __all__ = [
     "Samples",
     "SignalWeighting",
     "StepResult",
+    "expected_error",
     "hypergradient",
     "margins",
     "probabilistic_margin",

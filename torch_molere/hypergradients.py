@@ -120,7 +120,7 @@ def finite_difference(
 
 @dataclass(frozen=True)
 class ValidationGradient:
-    """A validation batch at θ⁺: its losses, ∇ of their mean (None where it does not reach), and the outputs."""
+    """A validation batch at θ⁺: what is measured of it, ∇ of its mean (None where it does not reach), the outputs."""
 
     losses: Tensor
     gradients: list[Tensor | None]
@@ -245,6 +245,7 @@ def unrolled(
     *,
     steps: int = 1,
     seed: int | None = None,
+    val_loss_fn: LossFn | None = None,
 ) -> Tensor:
     """The reference engine: ``higher`` unrolls the updates on ``mean(weights * losses)`` and differentiates them.
 
@@ -255,6 +256,7 @@ def unrolled(
         weights: ``(B,)``.
         steps: how many updates, all on the training batch.
         seed: of the validation forward's random numbers; None goes on with those of training.
+        val_loss_fn: what validation is measured by; default as in training.
 
     Raises:
         TypeError: if ``higher`` does not have the optimizer.
@@ -278,7 +280,8 @@ def unrolled(
                 inner.step((w * losses).mean())
             positional, named = validation[0]
             with preserved_randomness(device, seed):
-                losses = per_sample_losses(forward.loss_fn, functional(*positional, **named), validation[1])
+                outputs = functional(*positional, **named)
+                losses = per_sample_losses(val_loss_fn or forward.loss_fn, outputs, validation[1])
             (gradient,) = torch.autograd.grad(losses.mean(), w, allow_unused=True)
     return torch.zeros_like(w) if gradient is None else gradient.detach()
 

@@ -67,7 +67,8 @@ class StepResult:
         outputs: the model's outputs for the whole batch, detached (the ``.logits`` of an output object).
         weights: ``(B,)`` with mean one over the training side and 0 for instances held out of it.
         val_mask: ``(B,)`` bool, the instances sent to validation.
-        val_loss: scalar, the mean validation loss after the update, or None on steps without a meta-update.
+        val_loss: scalar, the mean validation loss (``val_loss_fn``) after the update, or None on steps without a
+            meta-update.
     """
 
     loss: Tensor
@@ -124,6 +125,9 @@ class MetaReweighter:
         model: the classifier θ, any ``nn.Module``.
         optimizer: any optimizer of ``torch.optim`` with a ``differentiable`` flag that holds the model's parameters.
         loss_fn: ``loss_fn(outputs, targets) -> (B,)`` per-sample losses; default cross-entropy.
+        val_loss_fn: what φ is to make small on the validation set; default ``loss_fn``. Cross-entropy is unbounded:
+            where the classifier fits its training set, a few confidently wrong validation instances rule its
+            gradient, and :func:`expected_error` serves better.
         weighting: the meta-network φ, ``forward(samples) -> (B,)`` weights ≥ 0; default :class:`SignalWeighting`.
         splitter: Θ, ``forward(samples) -> (B,)`` probabilities of the training side; default
             :class:`LearnedSplitter`. Not together with ``validation``.
@@ -166,6 +170,7 @@ class MetaReweighter:
         optimizer: Optimizer,
         *,
         loss_fn: LossFn | None = None,
+        val_loss_fn: LossFn | None = None,
         weighting: nn.Module | None = None,
         splitter: nn.Module | None = None,
         validation: Iterable[Any] | None = None,
@@ -191,7 +196,7 @@ class MetaReweighter:
         for name, module in (("weighting", weighting), ("splitter", splitter)):
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
-        for name, function in (("loss_fn", loss_fn), ("correct_fn", correct_fn)):
+        for name, function in (("loss_fn", loss_fn), ("val_loss_fn", val_loss_fn), ("correct_fn", correct_fn)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if splitter is not None and validation is not None:
@@ -215,6 +220,7 @@ class MetaReweighter:
         self._network = _unwrapped(model)
         self.optimizer = optimizer
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
+        self.val_loss_fn = self.loss_fn if val_loss_fn is None else val_loss_fn
         self.correct_fn = correct_fn
         self.scaler = scaler
         self.order = order
@@ -588,7 +594,7 @@ class MetaReweighter:
             parameters = {name: parameter.detach() for name, parameter in held.items()}
             update = Update(self.optimizer, list(held.values()), gradients)
             after = dict(zip(parameters, update.parameters, strict=True))
-            validation = validation_gradient(self._network, self.loss_fn, batch, after, seed)
+            validation = validation_gradient(self._network, self.val_loss_fn, batch, after, seed)
             val_losses, _ = gathered(validation.losses)
             cotangents = averaged(validation.gradients, len(validation.losses) / len(val_losses))
             if self.engine == "unrolled":
@@ -625,7 +631,9 @@ class MetaReweighter:
         weights = weighted[0].weights
         ratio = len(weights.everyone) / weights.count
         raw = ratio * weights.everyone.detach()
-        return ratio * unrolled(weighted[0].forward, self.optimizer, validation, raw, seed=seed)
+        return ratio * unrolled(
+            weighted[0].forward, self.optimizer, validation, raw, seed=seed, val_loss_fn=self.val_loss_fn
+        )
 
     def _learn(
         self,
@@ -643,7 +651,10 @@ class MetaReweighter:
             sum_gradients(self.weighting)
         if self.holdout is not None:
             arguments, targets = batch
-            held = self._samples(arguments, validation.outputs, targets, validation.losses)
+            losses = validation.losses
+            if self.val_loss_fn is not self.loss_fn:  # Θ sees the same loss as in training
+                losses = per_sample_losses(self.loss_fn, validation.outputs, targets)
+            held = self._samples(arguments, validation.outputs, targets, losses)
             with self._aside(validation.losses.device):
                 self.holdout.learn(held, weighted[0].samples, slots)
         if self.weighting_optimizer is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.study.problems import Problem, Rows
-from torch_molere import LearnedSplitter, MetaReweighter, RandomSplitter, Samples, SignalWeighting
+from torch_molere import LearnedSplitter, MetaReweighter, RandomSplitter, Samples, SignalWeighting, expected_error
 
 VALIDATION_SHARE = 0.1
 
@@ -30,7 +30,8 @@ class Method:
         apart: which rows are set apart: a tenth of them (``easy`` or ``hard`` by the margins of plain training with
             the same seed, or ``random``) or the trusted ones.
         held_out: whether the rows set apart are left out of training.
-        arguments: of the reweighter (``signals``, what φ sees, among them) or the baseline.
+        arguments: of the reweighter, or of the baseline; ``signals`` is what φ sees, ``splitter`` one of
+            :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it.
     """
 
     name: str
@@ -95,6 +96,8 @@ def reweighter(
     signals = tuple(arguments.pop("signals", ("loss",)))
     if (kind := arguments.pop("splitter", None)) is not None:
         arguments["splitter"] = SPLITTERS[kind](seed)
+    if arguments.pop("expected_error", False):
+        arguments["val_loss_fn"] = expected_error
     if method.weighs == "fixed":
         arguments["validation"] = torch.utils.data.DataLoader(
             torch.utils.data.TensorDataset(problem.inputs[apart], problem.labels[apart]),

@@ -48,7 +48,7 @@ class Setting:
     hidden: int = 256
     epochs: int = 15
     batch_size: int = 64
-    lr: float = 0.03
+    lr: float = 0.006
     weight_decay: float = 5e-4
 
 

@@ -46,8 +46,8 @@ class Study:
         ]
 
 
-FITTED = Setting("fitted")
-UNDERFITTED = Setting("under-fitted", rows=20_000, epochs=3)
+FITTED = Setting("fitted", lr=0.02)
+UNDERFITTED = Setting("under-fitted", rows=20_000, epochs=3, lr=0.006)
 
 ALL_SIGNALS = ("loss", "margin", "probabilities", "label")
 
@@ -74,23 +74,23 @@ ORDERING = Study(
 
 SELECT = Study(
     "select",
-    "Which validation rows and which rate of φ help, and where?",
+    "Which validation instances, measured by what, should be the default, and how fast should φ be?",
     (
-        Setting("clean"),
-        Setting("worst labels", labels="label_worst"),
-        Setting("symmetric 40 %", labels="symmetric:0.4"),
-        Setting("long tail 100", imbalance=100.0),
+        FITTED,
+        replace(FITTED, name="worst labels", labels="label_worst"),
+        replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"),
+        replace(FITTED, name="long tail 100", imbalance=100.0),
+        UNDERFITTED,
     ),
     (
         ERM,
         MOLERE,
         molere("trained on too", hold_out=False),
-        molere("1e-3", weighting_lr=1e-3),
-        molere("random, 1e-3", splitter="random", weighting_lr=1e-3),
-        molere("mixed, 1e-3", splitter="mixed", weighting_lr=1e-3),
-        molere("random, 1e-3, all signals", splitter="random", weighting_lr=1e-3, signals=ALL_SIGNALS),
+        molere("expected error, φ 1e-2", expected_error=True, weighting_lr=1e-2),
+        molere("expected error, random, φ 1e-2", expected_error=True, splitter="random", weighting_lr=1e-2),
+        molere("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2),
+        molere("expected error, half random, φ 1e-3", expected_error=True, splitter="mixed", weighting_lr=1e-3),
     ),
-    seeds=3,
     measures=("accuracy", "balanced_accuracy", "hard_third_by_margin", "nll"),
     on_test=False,
 )

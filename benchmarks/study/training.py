@@ -100,7 +100,7 @@ class Laboratory:
         reference: how the reference is trained, on clean labels and with a seed of its own.
     """
 
-    REFERENCE = Setting("reference", rows=None, epochs=8)
+    REFERENCE = Setting("reference", rows=None, epochs=8, lr=0.03)
     REFERENCE_SEED = 1_000
 
     def __init__(self, corpus: Corpus, on_test: bool, reference: Setting = REFERENCE) -> None:

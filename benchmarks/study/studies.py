@@ -95,6 +95,57 @@ SELECT = Study(
     on_test=False,
 )
 
+TRUSTED = Method(
+    "LRW, trusted rows", "fixed", "trusted", held_out=False, arguments={"signals": ALL_SIGNALS, "weighting_lr": 1e-2}
+)
+TRUSTED_BOUNDED = replace(
+    TRUSTED,
+    name="LRW, trusted rows, expected error",
+    arguments={**TRUSTED.arguments, "expected_error": True},
+)
+TRAINED_ON_TOO = molere("trained on too", hold_out=False)
+BOUNDED = molere("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2)
+
+NOISE = Study(
+    "noise",
+    "When do hard validation instances become wrong labels, and what stops it? Real human labels (CIFAR-10N) and "
+    "symmetric noise; in the last setting 1,000 rows, trusted, carry their clean label for everyone.",
+    (
+        replace(FITTED, name="aggregate labels", labels="label_aggregate"),
+        replace(FITTED, name="worst labels", labels="label_worst"),
+        replace(FITTED, name="symmetric 20 %", labels="symmetric:0.2"),
+        replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"),
+        replace(FITTED, name="worst labels, 1,000 trusted", labels="label_worst", rows=10_000, trusted=1_000),
+    ),
+    (
+        ERM,
+        LRW["Random"],
+        LRW["Hard"],
+        LRW["Hard"].control,
+        MOLERE,
+        TRAINED_ON_TOO,
+        BOUNDED,
+        TRUSTED,
+        TRUSTED_BOUNDED,
+    ),
+    measures=("accuracy", "margin", "hard_third_by_margin", "nll", "ece", "train_accuracy"),
+)
+
+IMBALANCE = Study(
+    "imbalance",
+    "Long-tailed training sets, the test set balanced; in the settings with trusted rows, 20 rows of each class are "
+    "also the validation set.",
+    (
+        replace(FITTED, name="long tail 10", rows=None, imbalance=10.0),
+        replace(FITTED, name="long tail 100", rows=None, imbalance=100.0),
+        replace(
+            FITTED, name="long tail 100, 200 trusted", rows=None, imbalance=100.0, trusted=200, trusted_by_class=True
+        ),
+    ),
+    (ERM, LRW["Random"], LRW["Hard"], LRW["Hard"].control, MOLERE, TRAINED_ON_TOO, BOUNDED, TRUSTED, TRUSTED_BOUNDED),
+    measures=("balanced_accuracy", "worst_class", "accuracy", "nll"),
+)
+
 RATES = (0.002, 0.006, 0.02)
 SELECT_RATE = Study(
     "select-rate",
@@ -114,4 +165,4 @@ SELECT_RATE = Study(
     on_test=False,
 )
 
-STUDIES = {study.name: study for study in (ORDERING, SELECT, SELECT_RATE)}
+STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SELECT, SELECT_RATE)}

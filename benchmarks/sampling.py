@@ -74,8 +74,8 @@ def noise_rate(text: str) -> float:
     return rate
 
 
-def symmetric_noise(labels: Rows, rate: float, num_classes: int) -> Rows:
-    """Exactly ``round(rate · N)`` labels, drawn with seed 0, are replaced by one of the OTHER classes, uniformly.
+def symmetric_noise(labels: Rows, rate: float, num_classes: int, seed: int = 0) -> Rows:
+    """Exactly ``round(rate · N)`` labels, drawn with ``seed``, are replaced by one of the OTHER classes, uniformly.
 
     So ``rate`` is the share of wrong labels (where the noise may hit the true class again, only
     ``rate · (C − 1) / C`` would be wrong).
@@ -84,8 +84,9 @@ def symmetric_noise(labels: Rows, rate: float, num_classes: int) -> Rows:
         labels: ``(N,)`` class indices.
         rate: in (0, 1).
         num_classes: C.
+        seed: of the draw.
     """
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     wrong = random.permutation(len(labels))[: round(rate * len(labels))]
     noisy = labels.copy()
     noisy[wrong] = (labels[wrong] + random.integers(1, num_classes, size=len(wrong))) % num_classes

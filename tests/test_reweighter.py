@@ -14,7 +14,14 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from torch_molere import FreeWeighting, InputWeighting, MarginSplitter, MetaReweighter, SignalWeighting
+from torch_molere import (
+    FreeWeighting,
+    InputWeighting,
+    MarginSplitter,
+    MetaReweighter,
+    SignalWeighting,
+    expected_error,
+)
 from torch_molere.weighting import normalised
 
 
@@ -61,7 +68,8 @@ def exposed(model, optimizer, weighting, lr=1.0, **options):
 
 @pytest.mark.parametrize("order", ["after", "before"])
 @pytest.mark.parametrize("engine", ["forward", "finite", "unrolled"])
-def test_both_orders_equal_higher(order, engine):
+@pytest.mark.parametrize("val_loss_fn", [None, expected_error])
+def test_both_orders_equal_higher(order, engine, val_loss_fn):
     """Ten steps of θ and φ, written out with ``higher``."""
     model = classifier()
     del model[3]  # dropout: higher's forwards would draw other masks
@@ -80,6 +88,7 @@ def test_both_orders_equal_higher(order, engine):
         warmup_steps=3,
         order=order,
         hypergradient=engine,
+        val_loss_fn=val_loss_fn,
     )
     theta_optimizer = sgd(by_hand)
     drawn = 0
@@ -106,7 +115,10 @@ def test_both_orders_equal_higher(order, engine):
             drawn += 1
             with higher.innerloop_ctx(by_hand, theta_optimizer) as (functional, inner):
                 inner.step((weights() * F.cross_entropy(functional(x), y, reduction="none")).mean())
-                loss = F.cross_entropy(functional(xv), yv)
+                if val_loss_fn is None:
+                    loss = F.cross_entropy(functional(xv), yv)
+                else:
+                    loss = (1.0 - functional(xv).softmax(1)[torch.arange(len(yv)), yv]).mean()
                 gradients = torch.autograd.grad(loss, list(phi.parameters()))
             for parameter, gradient in zip(phi.parameters(), gradients, strict=True):
                 parameter.grad = gradient
@@ -429,6 +441,26 @@ def test_warm_up_is_plain_training_on_the_training_side():
     assert_same(model.state_dict(), by_hand.state_dict(), rtol=1e-12, atol=1e-12)
     assert_same((reweighter.weighting.state_dict(), reweighter.splitter.state_dict()), (phi, theta))
     assert not reweighter.warming_up
+
+
+def test_validation_instances_that_are_not_held_out_are_trained_on_like_all_others():
+    model = classifier()
+    by_hand = copy.deepcopy(model)
+    optimizer = sgd(by_hand)
+    reweighter = MetaReweighter(model, sgd(model), warmup_steps=4, every=1, hold_out=False)
+    for step, (x, y) in enumerate(batches(8)):
+        random = torch.get_rng_state()
+        result = reweighter.step((x, y, torch.arange(len(y))))
+        torch.set_rng_state(random)  # by hand with the same dropout
+        torch.testing.assert_close(result.weights.mean(), torch.ones((), dtype=torch.double))
+        assert bool((result.weights > 0).all())
+        if step < 4:  # warm-up is plain training, bit for bit
+            optimizer.zero_grad()
+            F.cross_entropy(by_hand(x), y, reduction="none").mean().backward()
+            optimizer.step()
+            assert_same(model.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
+    table = reweighter.history.table()
+    assert bool((table["held_out"] > 0).any()) and not bool(table["weight"].isnan().any())
 
 
 def test_rows_stay_on_their_side_across_epochs():

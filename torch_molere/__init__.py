@@ -2,6 +2,7 @@
 
 from torch_molere.checkpoint import load_checkpoint, save_checkpoint
 from torch_molere.distributed_state import DistributedState
+from torch_molere.evaluation import expected_error
 from torch_molere.hypergradients import hypergradient
 from torch_molere.margins import margins, probabilistic_margin, split_by_margin
 from torch_molere.reweighter import MetaReweighter, StepResult
@@ -21,6 +22,7 @@ __all__ = [
     "Samples",
     "SignalWeighting",
     "StepResult",
+    "expected_error",
     "hypergradient",
     "load_checkpoint",
     "margins",

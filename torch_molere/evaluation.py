@@ -60,6 +60,23 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits_of(outputs), targets, reduction="none")
 
 
+def expected_error(outputs: Any, targets: Tensor) -> Tensor:
+    """``1 − p_target``: how often a class drawn from the classifier's own probabilities would be wrong.
+
+    A bounded loss for validation (``val_loss_fn=``): it follows the error rate, tells sure mistakes from unsure ones no
+    more than the error rate does, and tolerates symmetric label noise (Ghosh, Kumar and Sastry, AAAI 2017).
+
+    Args:
+        outputs: ``(B, C)`` logits.
+        targets: ``(B,)`` class indices.
+
+    Returns:
+        ``(B,)`` in [0, 1].
+    """
+    probabilities = logits_of(outputs).softmax(dim=1)
+    return 1.0 - probabilities.gather(1, targets.long().unsqueeze(1)).squeeze(1)
+
+
 def per_sample_losses(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
     """``loss_fn(outputs, targets)``, checked to be ``(B,)``.
 

@@ -24,14 +24,13 @@ class SampleHistory:
         self._journal = journal or Journal()
         self._sums = torch.zeros(0, len(_COLUMNS))
 
-    def record(self, samples: Samples, weights: Tensor, val_mask: Tensor, warming_up: bool) -> None:
-        """Add one batch; weights count from after warm-up, where an instance was on the training side."""
+    def record(self, samples: Samples, weights: Tensor, val_mask: Tensor, weighed: Tensor) -> None:
+        """Add one batch; weights count where ``weighed``: after warm-up, for instances on the training side."""
         if samples.indices is None:
             return
         self._reserve(int(samples.indices.max()) + 1, samples.losses.device)
         ones = torch.ones_like(samples.losses)
         margins = torch.full_like(ones, torch.nan) if samples.classes is None else samples.margins
-        weighed = torch.zeros_like(ones) if warming_up else (~val_mask).to(ones.dtype)
         columns = [ones, samples.losses, margins, samples.correct, val_mask, weighed, weighed * weights]
         values = torch.stack([column.to(self._sums.dtype) for column in columns], dim=1)
         self._journal.keep_rows(self._sums, samples.indices)

@@ -129,7 +129,8 @@ def finite_difference(
 
 @dataclass(frozen=True)
 class ValidationGradient:
-    """A validation batch at θ⁺: its losses, their mean and its gradient (None where it does not reach), the outputs.
+    """A validation batch at θ⁺: its losses, what φ is to make small and its gradient (None where it does not reach),
+    and the outputs.
 
     Where several processes train together, mean and gradient are of all their batches.
     """
@@ -147,16 +148,18 @@ def validation_gradient(
     parameters: Mapping[str, Tensor],
     seed: int | None = None,
     together: bool = True,
+    splitter_loss_fn: LossFn | None = None,
 ) -> ValidationGradient:
     """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched.
 
     Args:
         model: the classifier.
-        loss_fn: per-sample losses.
+        loss_fn: what the mean and its gradient are of, by instance.
         batch: the validation batch of this process.
         parameters: by name.
         seed: of the forward's random numbers; None goes on with the global ones.
         together: average over the batches of all processes.
+        splitter_loss_fn: what the losses returned are; default ``loss_fn``.
     """
     (positional, named), targets = batch
     with torch.enable_grad(), preserved_randomness(device_of(model), seed):
@@ -177,6 +180,9 @@ def validation_gradient(
             if together:
                 everyone, _ = gathered(everyone)
                 gradients = averaged(gradients, len(losses) / len(everyone))
+    if splitter_loss_fn is not None and splitter_loss_fn is not loss_fn:
+        with torch.no_grad():
+            losses = per_sample_losses(splitter_loss_fn, outputs, targets)
     return ValidationGradient(losses.detach(), everyone.mean(), gradients, detached(outputs))
 
 
@@ -285,6 +291,7 @@ def unrolled(
     *,
     steps: int = 1,
     seed: int | None = None,
+    val_loss_fn: LossFn | None = None,
 ) -> Tensor:
     """The reference engine: ``higher`` unrolls the updates on ``mean(weights * losses)`` and differentiates them.
 
@@ -295,6 +302,7 @@ def unrolled(
         weights: ``(B,)``.
         steps: how many updates, all on the training batch.
         seed: of the validation forward's random numbers; None goes on with those of training.
+        val_loss_fn: what validation is measured by; default as in training.
 
     Raises:
         TypeError: if ``higher`` does not have the optimizer.
@@ -318,7 +326,8 @@ def unrolled(
                 inner.step((w * losses).mean())
             positional, named = validation[0]
             with preserved_randomness(device, seed):
-                losses = per_sample_losses(forward.loss_fn, functional(*positional, **named), validation[1])
+                outputs = functional(*positional, **named)
+                losses = per_sample_losses(val_loss_fn or forward.loss_fn, outputs, validation[1])
             (gradient,) = torch.autograd.grad(losses.mean(), w, allow_unused=True)
     return torch.zeros_like(w) if gradient is None else gradient.detach()
 

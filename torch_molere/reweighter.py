@@ -68,9 +68,10 @@ class StepResult:
     Attributes:
         loss: scalar, the weighted training loss, detached.
         outputs: the model's outputs for the whole batch, detached (the ``.logits`` of an output object).
-        weights: ``(B,)`` with mean one over the training side and 0 for instances sent to validation.
+        weights: ``(B,)`` with mean one over the training side and 0 for instances held out of it.
         val_mask: ``(B,)`` bool, the instances sent to validation.
-        val_loss: scalar, the mean validation loss after the update, or None on steps without a meta-update.
+        val_loss: scalar, the mean validation loss (``val_loss_fn``) after the update, or None on steps without a
+            meta-update.
     """
 
     loss: Tensor
@@ -128,6 +129,9 @@ class MetaReweighter:
         optimizer: any optimizer of ``torch.optim`` with a ``differentiable`` flag that holds the model's parameters;
             Accelerate's and Lightning's wrappers of one are seen through.
         loss_fn: ``loss_fn(outputs, targets) -> (B,)`` per-sample losses; default cross-entropy.
+        val_loss_fn: what φ is to make small on the validation set; default ``loss_fn``. Cross-entropy is unbounded: of
+            a fitted classifier a few confidently wrong validation instances rule its gradient; of
+            :func:`expected_error` they do not.
         weighting: the meta-network φ, ``forward(samples) -> (B,)`` weights ≥ 0; default :class:`SignalWeighting`.
         splitter: Θ, ``forward(samples) -> (B,)`` probabilities of the training side; default
             :class:`LearnedSplitter`. Not together with ``validation``.
@@ -137,7 +141,9 @@ class MetaReweighter:
             and ``"unrolled"`` as in :func:`torch_molere.hypergradient`.
         order: ``"after"`` updates φ after the optimizer's step, which serves as the look-ahead; ``"before"`` takes a
             virtual look-ahead first, so that the new φ weighs this very batch, as in the paper, at a higher cost.
-        val_fraction: δ, the share of the stream held out by the splitter, in (0, 1).
+        val_fraction: δ, the share of the stream that the splitter sends to validation, in (0, 1).
+        hold_out: whether instances sent to validation are left out of training, as in the paper; False trains on them
+            too, with a weight like all others.
         every: Q, a meta-update at every Q-th step.
         warmup_steps: steps of plain training first, with a random split; the paper warms up for a quarter of training.
         val_batch_size: instances drawn from the buffer for a meta-update; default as many as the training batch has.
@@ -177,12 +183,14 @@ class MetaReweighter:
         optimizer: Optimizer,
         *,
         loss_fn: LossFn | None = None,
+        val_loss_fn: LossFn | None = None,
         weighting: nn.Module | None = None,
         splitter: nn.Module | None = None,
         validation: Iterable[Any] | None = None,
         hypergradient: Engine = "auto",
         order: Order = "after",
         val_fraction: float = 0.1,
+        hold_out: bool = True,
         every: int = 5,
         warmup_steps: int = 500,
         val_batch_size: int | None = None,
@@ -201,7 +209,7 @@ class MetaReweighter:
         for name, module in (("weighting", weighting), ("splitter", splitter)):
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
-        for name, function in (("loss_fn", loss_fn), ("correct_fn", correct_fn)):
+        for name, function in (("loss_fn", loss_fn), ("val_loss_fn", val_loss_fn), ("correct_fn", correct_fn)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if splitter is not None and validation is not None:
@@ -231,9 +239,11 @@ class MetaReweighter:
         self._network = _unwrapped(model)
         self.optimizer = optimizer
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
+        self.val_loss_fn = self.loss_fn if val_loss_fn is None else val_loss_fn
         self.correct_fn = correct_fn
         self.scaler = scaler
         self.order = order
+        self.hold_out = hold_out
         self.every = every
         self.warmup_steps = warmup_steps
         self.val_batch_size = val_batch_size
@@ -266,6 +276,7 @@ class MetaReweighter:
             "splitter": None if self.holdout is None else type(self.holdout.splitter).__name__,
             "validation": "buffer" if self.holdout is not None else "fixed",
             "val_fraction": None if self.holdout is None else val_fraction,
+            "hold_out": None if self.holdout is None else hold_out,
         }
 
         self._directional_derivative = DirectionalDerivative(hypergradient)
@@ -496,7 +507,7 @@ class MetaReweighter:
         training: Tensor | None = None
         if choice is not None and choice.positions:
             val_mask[choice.positions] = True
-            training = ~val_mask
+            training = ~val_mask if self.hold_out else None
         weights = self._weights(samples, training, graph=meta)
         if self.holdout is not None and choice is not None:
             self.holdout.put(samples, choice)
@@ -513,7 +524,8 @@ class MetaReweighter:
         loss, own = _weighted_mean(losses, weights)
         if weighted is not None and self.order == "after":
             loss.register_hook(partial(self._backward_through, weighted))
-        self.history.record(samples, own, val_mask, self.warming_up)
+        trained = torch.ones_like(val_mask) if training is None else training
+        self.history.record(samples, own, val_mask, torch.zeros_like(trained) if self.warming_up else trained)
         self.result = StepResult(loss.detach(), samples.outputs, own, val_mask, val_loss)
         return loss
 
@@ -625,7 +637,9 @@ class MetaReweighter:
             parameters = {name: parameter.detach() for name, parameter in held.items()}
             update = Update(self.optimizer, list(held.values()), gradients)
             after = dict(zip(parameters, update.parameters, strict=True))
-            validation = validation_gradient(self._network, self.loss_fn, batch, after, seed)
+            validation = validation_gradient(
+                self._network, self.val_loss_fn, batch, after, seed, splitter_loss_fn=self.loss_fn
+            )
             if self.engine == "unrolled":
                 derivatives = [self._unrolled(weighted, batch, seed)]
             else:
@@ -661,7 +675,9 @@ class MetaReweighter:
         weights = weighted[0].weights
         ratio = len(weights.everyone) / weights.count
         raw = ratio * weights.everyone.detach()
-        return ratio * unrolled(weighted[0].forward, self.optimizer, validation, raw, seed=seed)
+        return ratio * unrolled(
+            weighted[0].forward, self.optimizer, validation, raw, seed=seed, val_loss_fn=self.val_loss_fn
+        )
 
     def _learn(
         self,

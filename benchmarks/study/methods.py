@@ -1,0 +1,118 @@
+"""What is compared: who trains on which rows, against which validation rows, and how instances are weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from benchmarks.study.problems import Problem, Rows
+from torch_molere import LearnedSplitter, MetaReweighter, RandomSplitter, Samples, SignalWeighting, expected_error
+
+VALIDATION_SHARE = 0.1
+
+Weighs = Literal["equally", "fixed", "molere", "focal", "rgd", "jtt", "rho", "l2rw"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        name: as it stands in tables.
+        weighs: ``equally`` (plain training), ``fixed`` (learned reweighting against the set-apart rows), ``molere``
+            (against the splitter's), or a baseline's own way.
+        apart: which rows are set apart: a tenth of them (``easy`` or ``hard`` by the margins of plain training with
+            the same seed, or ``random``) or the trusted ones.
+        held_out: whether the rows set apart are left out of training.
+        arguments: of the reweighter, or of the baseline; ``signals`` is what φ sees, ``splitter`` one of
+            :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it.
+    """
+
+    name: str
+    weighs: Weighs = "equally"
+    apart: Literal["none", "easy", "random", "hard", "trusted"] = "none"
+    held_out: bool = True
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def control(self) -> Method:
+        """Plain training on exactly the rows that this method trains on."""
+        return Method(f"ERM on {self.name}'s rows", "equally", self.apart, self.held_out)
+
+    def rows_apart(self, problem: Problem, seed: int, erm_margins: Tensor | None) -> Rows:
+        """Positions of the rows set apart, ascending."""
+        count = round(VALIDATION_SHARE * len(problem.labels))
+        if self.apart == "trusted":
+            return problem.trusted
+        if self.apart == "random":
+            return np.sort(np.random.default_rng([seed, 1]).permutation(len(problem.labels))[:count])
+        if self.apart in ("easy", "hard"):
+            assert erm_margins is not None
+            hardest_first = erm_margins.argsort(descending=self.apart == "easy", stable=True).numpy()
+            trim = round(self.arguments.get("trim", 0.0) * len(problem.labels))
+            return np.sort(hardest_first[trim : trim + count])
+        return np.empty(0, dtype=np.int64)
+
+
+class MixedSplitter(nn.Module):
+    """Half of the validation instances are random rows, which stay, the others what the learned splitter finds hard."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = RandomSplitter(VALIDATION_SHARE / 2, seed)
+        self.learned = LearnedSplitter()
+
+    def forward(self, samples: Samples) -> Tensor:
+        """``(B,)``: random rows have 0, others Θ's probability."""
+        chosen = self.random(samples) < 0.5
+        learned: Tensor = self.learned(samples)
+        return learned.masked_fill(chosen, 0.0)
+
+
+SPLITTERS = {"random": lambda seed: RandomSplitter(VALIDATION_SHARE, seed), "mixed": MixedSplitter}
+
+
+def reweighter(
+    method: Method,
+    problem: Problem,
+    apart: Rows,
+    model: nn.Module,
+    optimizer: Optimizer,
+    classes: int,
+    batch_size: int,
+    warmup_steps: int,
+    seed: int,
+) -> MetaReweighter:
+    """The reweighter that a method trains with."""
+    arguments = dict(method.arguments)
+    arguments.pop("trim", None)
+    arguments["warmup_steps"] = round(arguments.pop("warmup_scale", 1.0) * warmup_steps)
+    signals = tuple(arguments.pop("signals", ("loss",)))
+    if (kind := arguments.pop("splitter", None)) is not None:
+        arguments["splitter"] = SPLITTERS[kind](seed)
+    if arguments.pop("expected_error", False):
+        arguments["val_loss_fn"] = expected_error
+    if method.weighs == "fixed":
+        arguments["validation"] = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(problem.inputs[apart], problem.labels[apart]),
+            batch_sampler=torch.utils.data.BatchSampler(
+                torch.utils.data.RandomSampler(range(len(apart))), batch_size, drop_last=len(apart) > batch_size
+            ),
+        )
+    return MetaReweighter(
+        model, optimizer, weighting=SignalWeighting(signals, num_classes=classes), seed=seed, **arguments
+    )
+
+
+ERM = Method("ERM")
+LRW = {
+    name: Method(f"LRW-{name}", "fixed", name.lower(), arguments={"weighting_lr": 1e-2})  # type: ignore[arg-type]
+    for name in ("Easy", "Random", "Hard")
+}
+MOLERE = Method("MOLERE", "molere")

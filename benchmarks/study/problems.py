@@ -1,0 +1,173 @@
+"""The problems that are studied: which training rows, which labels, which trusted rows; drawn anew with each seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from benchmarks import datasets, sampling
+from benchmarks.batches import TensorImages
+from benchmarks.datasets import DataOptions
+from benchmarks.features import FeatureCache, PatchOptions
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One problem and how everyone trains on it.
+
+    Attributes:
+        name: as it stands in tables.
+        rows: so many training rows, drawn with the run's seed; None for all there are.
+        labels: the column to train on, or ``symmetric:RATE``.
+        imbalance: the first class keeps so many times the rows of the last.
+        trusted: so many of the rows, chosen by the seed, carry their clean label for every method.
+        trusted_by_class: as many of each class.
+        trusted_shifts: the trusted images carry one of these corruptions each, for every method.
+        hidden: units of the MLP; epochs, batch_size, lr, weight_decay: of SGD with momentum 0.9 and a cosine schedule.
+    """
+
+    name: str
+    rows: int | None = 5_000
+    labels: str = "label"
+    imbalance: float = 1.0
+    trusted: int = 0
+    trusted_by_class: bool = False
+    trusted_shifts: tuple[str, ...] = ()
+    hidden: int = 256
+    epochs: int = 15
+    batch_size: int = 64
+    lr: float = 0.006
+    weight_decay: float = 5e-4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one run trains on and is judged by.
+
+    Attributes:
+        inputs, labels: ``(N, D)`` and ``(N,)``, to train on.
+        clean: ``(N,)`` true classes, which no method sees.
+        source: ``(N,)`` the rows' numbers in the training file.
+        trusted: positions among the N.
+        evaluations: inputs ``(M, D)`` and true classes ``(M,)`` by name; the first is the main one.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    clean: Tensor
+    source: Rows
+    trusted: Rows
+    evaluations: dict[str, tuple[Tensor, Tensor]]
+
+
+SHIFTS = ("noise", "blur", "contrast", "pixelate")
+
+
+def shifted(pixels: Tensor, kind: str) -> Tensor:
+    """``(N, C, H, W)`` uint8 images made harder to see, in one of the ways of Hendrycks and Dietterich (ICLR 2019)."""
+    height, width = pixels.shape[2:]
+    if kind == "noise":
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+        return (pixels + 25.0 * noise).clamp(0.0, 255.0).round().to(torch.uint8)
+    if kind == "blur":
+        return transforms.gaussian_blur(pixels, [5, 5], [1.0, 1.0])
+    if kind == "contrast":
+        return transforms.adjust_contrast(pixels, 0.3)
+    if kind == "pixelate":
+        small = transforms.resize(pixels, [height // 2, width // 2], antialias=True)
+        return transforms.resize(small, [height, width], InterpolationMode.NEAREST)
+    raise ValueError(f"kind must be one of {SHIFTS}, got {kind!r}")
+
+
+class Corpus:
+    """A data set as features, with every label column, its training rows parted once (by seed 0) into a pool to train
+    on and a selection set. Choices between variants go by the selection set; the test set is for the final report.
+
+    Args:
+        options: the data; subsets and noise are the settings' matter.
+        cache: folder of the features.
+        patches: the features.
+        selection: rows of the selection set.
+    """
+
+    def __init__(self, options: DataOptions, cache: Path, patches: PatchOptions, selection: int = 10_000) -> None:
+        task = datasets.load(options)
+        assert isinstance(task.train.images, TensorImages) and isinstance(task.test.images, TensorImages)
+        self.pixels, self.test_pixels = task.train.images.pixels, task.test.images.pixels
+        self.classes = len(task.classes)
+        self.features = FeatureCache(cache, self.pixels, patches)
+        self.inputs = self.features.features(self.pixels)
+        self.labels = {"label": task.train.labels.numpy()} | _label_columns(options)
+        self.test = self.features.features(self.test_pixels), task.test.labels
+        shuffled = np.random.default_rng(0).permutation(len(self.inputs))
+        self.selection_rows, self.pool = np.sort(shuffled[:selection]), np.sort(shuffled[selection:])
+
+    def evaluations(self, on_test: bool, shifts: tuple[str, ...] = ()) -> dict[str, tuple[Tensor, Tensor]]:
+        """The test set or the selection set, and shifted copies of it."""
+        clean = torch.from_numpy(self.labels["label"])
+        part = self.test if on_test else (self.inputs[self.selection_rows], clean[self.selection_rows])
+        pixels = self.test_pixels if on_test else self.pixels[self.selection_rows]
+        return {"clean": part} | {kind: (self.features.features(shifted(pixels, kind)), part[1]) for kind in shifts}
+
+    def problem(self, setting: Setting, seed: int, on_test: bool) -> Problem:
+        """The rows of one run: every seed draws its own from the pool, so that intervals cover the choice of data."""
+        random = np.random.default_rng(seed)
+        source = random.permutation(self.pool)
+        if setting.imbalance != 1.0:
+            source = source[sampling.long_tail(self.labels["label"][source], setting.imbalance)]
+        if setting.rows is not None and setting.rows < len(source):
+            source = random.permutation(source)[: setting.rows]
+        clean = self.labels["label"][source]
+        trusted = random.permutation(len(source))
+        if setting.trusted_by_class:
+            trusted = trusted[sampling.balanced_subset(clean[trusted], setting.trusted)]
+        trusted = np.sort(trusted[: setting.trusted])
+        labels = self._labels(setting.labels, source, seed)
+        labels[trusted] = clean[trusted]
+        inputs = self.inputs[source]
+        for kind, rows in zip(
+            setting.trusted_shifts, np.array_split(trusted, max(len(setting.trusted_shifts), 1)), strict=False
+        ):
+            inputs[rows] = self.features.features(shifted(self.pixels[source[rows]], kind))
+        shifts = SHIFTS if setting.trusted_shifts else ()
+        return Problem(
+            inputs,
+            torch.from_numpy(labels),
+            torch.from_numpy(clean),
+            source,
+            trusted,
+            self.evaluations(on_test, shifts),
+        )
+
+    def _labels(self, name: str, source: Rows, seed: int) -> Rows:
+        if name.startswith("symmetric:"):
+            clean = self.labels["label"][source]
+            return sampling.symmetric_noise(clean, sampling.noise_rate(name), self.classes, seed)
+        if name not in self.labels:
+            raise typer.BadParameter(
+                f"this study needs the label column {name!r}; there {'is' if len(self.labels) == 1 else 'are'}: "
+                f"{', '.join(self.labels)}",
+                param_hint="--data",
+            )
+        return self.labels[name][source]
+
+
+def _label_columns(options: DataOptions) -> dict[str, Rows]:
+    """All other integer columns of the training file."""
+    if options.kind != "parquet":
+        return {}
+    table = pq.read_table(options.folder / "train.parquet")
+    names = [field.name for field in table.schema if pa.types.is_integer(field.type) and field.name != "label"]
+    return {name: table.column(name).to_numpy().astype(np.int64) for name in names}

@@ -1,0 +1,168 @@
+"""The studies: which settings, which methods, how many seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.study.methods import ERM, LRW, MOLERE, Method
+from benchmarks.study.problems import Setting
+
+
+@dataclass(frozen=True)
+class Study:
+    """A list of runs with one question.
+
+    Attributes:
+        name: on the command line.
+        question: what it asks.
+        settings, methods: every one with every other, but trusted validation only where there are trusted rows.
+        seeds: 0 to seeds − 1.
+        measures: columns of the table; the first is the one of the figure.
+        on_test: False for choices between variants, which go by the selection set.
+        margins: whether the change of margin by bucket is drawn.
+        finding: what came out, in words.
+    """
+
+    name: str
+    question: str
+    settings: Sequence[Setting]
+    methods: Sequence[Method]
+    seeds: int = 5
+    measures: Sequence[str] = ("accuracy", "margin", "hard_third_by_margin", "easy_third_by_margin")
+    on_test: bool = True
+    margins: bool = False
+    finding: str = ""
+
+    def runs(self, seeds: int) -> list[tuple[Setting, Method, int]]:
+        """Seed by seed, so that a stop leaves paired runs; plain training first, by which others split."""
+        return [
+            (setting, method, seed)
+            for seed in range(seeds)
+            for setting in self.settings
+            for method in self.methods
+            if method.apart != "trusted" or setting.trusted
+        ]
+
+
+FITTED = Setting("fitted", lr=0.02)
+UNDERFITTED = Setting("under-fitted", rows=20_000, epochs=3, lr=0.006)
+
+ALL_SIGNALS = ("loss", "margin", "probabilities", "label")
+
+
+def molere(name: str, **arguments: Any) -> Method:
+    """MOLERE with other arguments than the defaults."""
+    return Method(f"MOLERE, {name}", "molere", arguments=arguments)
+
+
+ORDERING = Study(
+    "ordering",
+    "Is easy < random < hard < MOLERE, and is it the weights or the rows? φ at 1e-2 moves in these few steps about as "
+    "far as at 1e-3 in ten times as many; MOLERE is also shown at its default of 1e-4.",
+    (FITTED, UNDERFITTED),
+    (
+        ERM,
+        *LRW.values(),
+        *(method.control for method in LRW.values()),
+        MOLERE,
+        molere("φ 1e-2", weighting_lr=1e-2),
+    ),
+    margins=True,
+)
+
+SELECT = Study(
+    "select",
+    "Which validation instances, measured by what, should be the default, and how fast should φ be?",
+    (
+        FITTED,
+        replace(FITTED, name="worst labels", labels="label_worst"),
+        replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"),
+        replace(FITTED, name="long tail 100", imbalance=100.0),
+        UNDERFITTED,
+    ),
+    (
+        ERM,
+        MOLERE,
+        molere("trained on too", hold_out=False),
+        molere("expected error, φ 1e-2", expected_error=True, weighting_lr=1e-2),
+        molere("expected error, random, φ 1e-2", expected_error=True, splitter="random", weighting_lr=1e-2),
+        molere("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2),
+        molere("expected error, half random, φ 1e-3", expected_error=True, splitter="mixed", weighting_lr=1e-3),
+    ),
+    measures=("accuracy", "balanced_accuracy", "hard_third_by_margin", "nll"),
+    on_test=False,
+)
+
+TRUSTED = Method(
+    "LRW, trusted rows", "fixed", "trusted", held_out=False, arguments={"signals": ALL_SIGNALS, "weighting_lr": 1e-2}
+)
+TRUSTED_BOUNDED = replace(
+    TRUSTED,
+    name="LRW, trusted rows, expected error",
+    arguments={**TRUSTED.arguments, "expected_error": True},
+)
+TRAINED_ON_TOO = molere("trained on too", hold_out=False)
+BOUNDED = molere("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2)
+
+NOISE = Study(
+    "noise",
+    "When do hard validation instances become wrong labels, and what stops it? Real human labels (CIFAR-10N) and "
+    "symmetric noise; in the last setting 1,000 rows, trusted, carry their clean label for everyone.",
+    (
+        replace(FITTED, name="aggregate labels", labels="label_aggregate"),
+        replace(FITTED, name="worst labels", labels="label_worst"),
+        replace(FITTED, name="symmetric 20 %", labels="symmetric:0.2"),
+        replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"),
+        replace(FITTED, name="worst labels, 1,000 trusted", labels="label_worst", rows=10_000, trusted=1_000),
+    ),
+    (
+        ERM,
+        LRW["Random"],
+        LRW["Hard"],
+        LRW["Hard"].control,
+        MOLERE,
+        TRAINED_ON_TOO,
+        BOUNDED,
+        TRUSTED,
+        TRUSTED_BOUNDED,
+    ),
+    measures=("accuracy", "margin", "hard_third_by_margin", "nll", "ece", "train_accuracy"),
+)
+
+IMBALANCE = Study(
+    "imbalance",
+    "Long-tailed training sets, the test set balanced; in the settings with trusted rows, 20 rows of each class are "
+    "also the validation set.",
+    (
+        replace(FITTED, name="long tail 10", rows=None, imbalance=10.0),
+        replace(FITTED, name="long tail 100", rows=None, imbalance=100.0),
+        replace(
+            FITTED, name="long tail 100, 200 trusted", rows=None, imbalance=100.0, trusted=200, trusted_by_class=True
+        ),
+    ),
+    (ERM, LRW["Random"], LRW["Hard"], LRW["Hard"].control, MOLERE, TRAINED_ON_TOO, BOUNDED, TRUSTED, TRUSTED_BOUNDED),
+    measures=("balanced_accuracy", "worst_class", "accuracy", "nll"),
+)
+
+RATES = (0.002, 0.006, 0.02)
+SELECT_RATE = Study(
+    "select-rate",
+    "Which learning rate of the classifier serves plain training?",
+    tuple(
+        replace(setting, name=f"{setting.name}, lr {lr:g}", lr=lr)
+        for setting in (
+            FITTED,
+            Setting("worst labels", labels="label_worst"),
+            Setting("long tail 100", imbalance=100.0),
+        )
+        for lr in RATES
+    ),
+    (ERM,),
+    seeds=2,
+    measures=("accuracy", "balanced_accuracy", "nll", "train_accuracy"),
+    on_test=False,
+)
+
+STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SELECT, SELECT_RATE)}

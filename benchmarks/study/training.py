@@ -1,0 +1,177 @@
+"""One run: a problem, a method, a seed; the same budget, initialisation and order of data for every method."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.results import write
+from benchmarks.study.measures import Reference, logits, measure
+from benchmarks.study.methods import Method, reweighter
+from benchmarks.study.problems import Corpus, Problem, Rows, Setting
+from torch_molere import MetaReweighter, probabilistic_margin
+
+WARMUP = 0.25
+"""Of the steps, as in the paper."""
+
+
+def classifier(inputs: int, hidden: int, classes: int) -> nn.Module:
+    """The MLP on the features."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+def passes(rows: Rows, epochs: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of positions, for so many epochs in random orders; their sizes differ by at most one."""
+    generator = torch.Generator().manual_seed(seed)
+    ordered = torch.from_numpy(rows)
+    for _ in range(epochs):
+        shuffled = ordered[torch.randperm(len(ordered), generator=generator)]
+        yield from shuffled.tensor_split(-(-len(rows) // batch_size))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    model: nn.Module
+    reweighter: MetaReweighter | None
+    rows: Rows
+    mean_losses: Tensor  # (N,), of each row over its encounters in training; NaN where there were none
+    seconds: float
+
+
+def train(
+    setting: Setting, method: Method, problem: Problem, classes: int, seed: int, erm_margins: Tensor | None = None
+) -> Trained:
+    """Train once.
+
+    Args:
+        erm_margins: ``(N,)``, of plain training with the same seed; needed where easy or hard rows are set apart.
+    """
+    apart = method.rows_apart(problem, seed, erm_margins)
+    everything = np.arange(len(problem.labels))
+    rows = np.setdiff1d(everything, apart) if method.held_out else everything
+    torch.manual_seed(seed)
+    model = classifier(problem.inputs.shape[1], setting.hidden, classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay)
+    steps = setting.epochs * -(-len(rows) // setting.batch_size)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    weighing: MetaReweighter | None = None
+    if method.weighs in ("fixed", "molere"):
+        weighing = reweighter(
+            method, problem, apart, model, optimizer, classes, setting.batch_size, round(WARMUP * steps), seed
+        )
+    sums, counts = torch.zeros(len(everything)), torch.zeros(len(everything))
+    start = time.perf_counter()
+    for batch in passes(rows, setting.epochs, setting.batch_size, seed):
+        inputs, labels = problem.inputs[batch], problem.labels[batch]
+        if weighing is None:
+            losses = F.cross_entropy(model(inputs), labels, reduction="none")
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+            sums[batch] += losses.detach()
+            counts[batch] += 1
+        else:
+            weighing.step((inputs, labels, batch))
+        scheduler.step()
+    seconds = time.perf_counter() - start
+    if weighing is not None:
+        weighing.close()
+    return Trained(model, weighing, rows, sums / counts, seconds)
+
+
+class Laboratory:
+    """Runs on one corpus; keeps what several of them need: the reference, and plain training's margins.
+
+    Args:
+        corpus: the data.
+        on_test: report on the test set, or choose on the selection set.
+        reference: how the reference is trained, on clean labels and with a seed of its own.
+    """
+
+    REFERENCE = Setting("reference", rows=None, epochs=8, lr=0.03)
+    REFERENCE_SEED = 1_000
+
+    def __init__(self, corpus: Corpus, on_test: bool, reference: Setting = REFERENCE) -> None:
+        self.corpus = corpus
+        self.on_test = on_test
+        self.reference_setting = reference
+        self._references: dict[str, Reference] = {}
+        self._margins: dict[tuple[str, int], Tensor] = {}
+        self._problem: tuple[tuple[Setting, int], Problem] | None = None
+
+    def run(self, setting: Setting, method: Method, seed: int) -> dict[str, Any]:
+        """Train and measure once: a row of the study's table."""
+        problem = self._problem_of(setting, seed)
+        margins = self._erm_margins(setting, seed) if method.apart in ("easy", "hard") else None
+        trained = train(setting, method, problem, self.corpus.classes, seed, margins)
+        if method.name == "ERM":
+            self._keep_margins(setting, seed, trained.model, problem)
+        numbers: dict[str, Any] = {"setting": setting.name, "method": method.name, "seed": seed}
+        for name, (inputs, targets) in problem.evaluations.items():
+            found = measure(logits(trained.model, inputs), targets, self.reference(name, inputs, targets))
+            if name == "clean":
+                numbers |= found
+            else:
+                numbers[f"accuracy_{name}"] = found["accuracy"]
+        fitted = logits(trained.model, problem.inputs[trained.rows])
+        labels = problem.labels[trained.rows]
+        numbers |= {
+            "train_accuracy": (fitted.argmax(dim=1) == labels).double().mean().item(),
+            "train_loss": F.cross_entropy(fitted, labels).item(),
+            "train_rows": len(trained.rows),
+            "label_errors": (problem.labels != problem.clean).double().mean().item(),
+            "seconds": round(trained.seconds, 2),
+        }
+        if not math.isfinite(numbers["nll"]):
+            raise FloatingPointError(f"{method.name} diverged in {setting.name}, seed {seed}")
+        return numbers
+
+    def reference(self, name: str, inputs: Tensor, targets: Tensor) -> Reference:
+        """Hardness of the evaluation instances called ``name`` to a model trained on the whole pool."""
+        if name not in self._references:
+            outputs = logits(self._reference_model(), inputs)
+            losses = F.cross_entropy(outputs, targets, reduction="none")
+            self._references[name] = Reference(probabilistic_margin(outputs, targets), losses)
+        return self._references[name]
+
+    def _reference_model(self) -> nn.Module:
+        """Trained once and kept beside the features."""
+        setting, features = self.reference_setting, self.corpus.features
+        key = hashlib.blake2b(f"{setting} {features.source} {len(self.corpus.pool)}".encode(), digest_size=12)
+        path = features.folder / f"reference-{key.hexdigest()}.pt"
+        model = classifier(self.corpus.inputs.shape[1], setting.hidden, self.corpus.classes)
+        if not path.exists():
+            problem = self.corpus.problem(setting, self.REFERENCE_SEED, self.on_test)
+            trained = train(setting, Method("ERM"), problem, self.corpus.classes, self.REFERENCE_SEED)
+            packed = io.BytesIO()
+            torch.save(trained.model.state_dict(), packed)
+            write(path, packed.getvalue())
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+
+    def _problem_of(self, setting: Setting, seed: int) -> Problem:
+        if self._problem is None or self._problem[0] != (setting, seed):
+            self._problem = (setting, seed), self.corpus.problem(setting, seed, self.on_test)
+        return self._problem[1]
+
+    def _erm_margins(self, setting: Setting, seed: int) -> Tensor:
+        if (setting.name, seed) not in self._margins:  # a resumed study has not trained it in this process
+            problem = self._problem_of(setting, seed)
+            trained = train(setting, Method("ERM"), problem, self.corpus.classes, seed)
+            self._keep_margins(setting, seed, trained.model, problem)
+        return self._margins[setting.name, seed]
+
+    def _keep_margins(self, setting: Setting, seed: int, model: nn.Module, problem: Problem) -> None:
+        self._margins[setting.name, seed] = probabilistic_margin(logits(model, problem.inputs), problem.labels)

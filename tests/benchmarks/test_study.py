@@ -1,0 +1,214 @@
+"""The studies on a tiny data set: whole, stopped and resumed; and what they measure, against other libraries."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from sklearn.metrics import accuracy_score, brier_score_loss
+from test_datasets import colours, write_parquet
+from typer.testing import CliRunner
+
+from benchmarks.datasets import DataOptions
+from benchmarks.features import PatchOptions
+from benchmarks.study import __main__ as command_line
+from benchmarks.study import rendering, studies
+from benchmarks.study.measures import Reference, measure
+from benchmarks.study.methods import ERM, LRW, MOLERE, Method
+from benchmarks.study.problems import SHIFTS, Corpus, Setting, shifted
+from benchmarks.study.store import Stored, described
+from benchmarks.study.training import Laboratory
+
+CLASSES = 3
+TINY = Setting("tiny", rows=60, hidden=8, epochs=3, batch_size=16)
+OTHER = replace(TINY, name="wrong labels", labels="label_worst", trusted=9, trusted_by_class=True)
+METHODS = (ERM, LRW["Hard"], LRW["Hard"].control, MOLERE, Method("LRW, trusted", "fixed", "trusted", False))
+STUDY = studies.Study("tiny", "Does it run?", (TINY, OTHER), METHODS, seeds=3, margins=True)
+
+
+def images(count, seed):
+    """Images whose class is the colour that is brightest, and their labels."""
+    labels = np.arange(count) % CLASSES
+    pixels = colours(count, 8, seed) // 2
+    pixels[np.arange(count), :, :, labels] += 100
+    return pixels, labels
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    pixels, labels = images(120, 0)
+    wrong = np.where(np.arange(120) % 4 == 0, (labels + 1) % CLASSES, labels)
+    write_parquet(folder / "train.parquet", pixels, labels, label_worst=pa.array(wrong, pa.int8()))
+    write_parquet(folder / "test.parquet", *images(50, 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(data, tmp_path_factory):
+    patches = PatchOptions(patches=6, size=3, samples=500, iterations=2)
+    return Corpus(DataOptions(f"parquet:{data}"), tmp_path_factory.mktemp("cache"), patches, selection=30)
+
+
+@pytest.fixture
+def laboratory(corpus):
+    return Laboratory(corpus, on_test=True, reference=replace(TINY, name="reference"))
+
+
+def test_problems_keep_their_rows_apart_and_know_the_truth(corpus):
+    assert not set(corpus.pool) & set(corpus.selection_rows)
+    assert len(corpus.pool) == 90
+    problem = corpus.problem(OTHER, 0, on_test=True)
+    assert set(problem.source) <= set(corpus.pool) and len(set(problem.source)) == 60
+    torch.testing.assert_close(problem.inputs, corpus.inputs[problem.source], rtol=0, atol=0)
+    assert problem.clean.tolist() == (problem.source % CLASSES).tolist()
+    assert np.bincount(problem.clean[problem.trusted]).tolist() == [3, 3, 3]
+    assert torch.equal(problem.labels[problem.trusted], problem.clean[problem.trusted])
+    others = np.setdiff1d(np.arange(60), problem.trusted)
+    wrong = problem.source[others] % 4 == 0
+    assert ((problem.labels != problem.clean).numpy()[others] == wrong).all()
+    assert set(corpus.problem(OTHER, 1, on_test=True).source) != set(problem.source)
+    assert len(problem.evaluations["clean"][1]) == 50
+    assert len(corpus.problem(OTHER, 0, on_test=False).evaluations["clean"][1]) == 30
+    tail = corpus.problem(Setting("tail", rows=None, imbalance=10.0), 0, on_test=True)
+    counts = np.bincount(tail.labels)
+    assert counts[0] >= 25 and counts[2] <= 4
+    noisy = corpus.problem(Setting("noisy", rows=50, labels="symmetric:0.4"), 0, on_test=True)
+    assert (noisy.labels != noisy.clean).sum() == 20
+    with pytest.raises(typer.BadParameter, match="label_column_that_is_not_there"):
+        corpus.problem(Setting("none", rows=5, labels="label_column_that_is_not_there"), 0, on_test=True)
+
+
+def test_shifted_images_are_used_where_the_setting_says(corpus):
+    setting = Setting("shift", rows=40, trusted=8, trusted_shifts=("noise", "blur"))
+    problem = corpus.problem(setting, 0, on_test=True)
+    assert list(problem.evaluations) == ["clean", *SHIFTS]
+    changed = (problem.inputs != corpus.inputs[problem.source]).any(dim=1)
+    assert changed.nonzero().squeeze(1).tolist() == problem.trusted.tolist()
+    for kind in SHIFTS:
+        pixels = shifted(corpus.test_pixels, kind)
+        assert pixels.shape == corpus.test_pixels.shape and pixels.dtype == torch.uint8
+        assert not torch.equal(pixels, corpus.test_pixels)
+    assert torch.equal(shifted(corpus.test_pixels, "noise"), shifted(corpus.test_pixels, "noise"))
+
+
+def test_measures_agree_with_other_libraries():
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(300, 4, generator=generator), torch.randint(4, (300,), generator=generator)
+    reference = Reference(torch.linspace(-1, 1, 300), torch.linspace(3, 0, 300))
+    found = measure(outputs, targets, reference)
+    probabilities, predictions = outputs.double().softmax(1).numpy(), outputs.argmax(1)
+    assert found["accuracy"] == pytest.approx(accuracy_score(targets, predictions))
+    assert found["brier"] == pytest.approx(brier_score_loss(targets, probabilities, scale_by_half=False), rel=1e-5)
+    assert found["nll"] == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-5)
+    sure, bins = probabilities.max(1), (probabilities.max(1) * 15).astype(int)
+    right = (predictions == targets).numpy()
+    gaps = [(bins == b).mean() * abs(right[bins == b].mean() - sure[bins == b].mean()) for b in set(bins)]
+    assert found["ece"] == pytest.approx(sum(gaps), rel=1e-4)
+    by_class = [right[targets == c].mean() for c in range(4)]
+    assert found["worst_class"] == pytest.approx(min(by_class))
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(by_class))
+    assert found["hard_third_by_margin"] == found["hard_third_by_loss"] == pytest.approx(right[:100].mean())
+    assert found["easy_third_by_margin"] == pytest.approx(right[200:].mean())
+    assert sum(found[f"count_bucket_{b}"] for b in range(10)) == 300
+    assert np.nanmean([found[f"margin_bucket_{b}"] for b in range(10)]) == pytest.approx(found["margin"], abs=0.05)
+
+
+def test_every_method_trains_on_the_rows_it_says(laboratory):
+    rows = {method.name: laboratory.run(TINY, method, 0)["train_rows"] for method in METHODS[:4]}
+    assert rows == {"ERM": 60, "LRW-Hard": 54, "ERM on LRW-Hard's rows": 54, "MOLERE": 60}
+
+
+def test_a_method_without_effect_is_plain_training(laboratory):
+    """φ at a vanishing rate on the same rows ends where plain training does: same initialisation, order, schedule."""
+    idle = Method("idle", "fixed", "random", arguments={"weighting_lr": 1e-30})
+    weighed, plain = (laboratory.run(TINY, method, 0) for method in (idle, idle.control))
+    for name in ("accuracy", "margin", "train_loss"):
+        assert weighed[name] == pytest.approx(plain[name], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """All runs, of which the process was stopped after every fourth."""
+    stored = Stored(tmp_path_factory.mktemp("results") / "study-tiny")
+    config = {
+        "data": {"judged_on": "test set", "judged_rows": 50},
+        **described(STUDY.settings, STUDY.methods),
+        "machine": {"cores": 2, "processor": "of some kind"},
+        "command": "python -m benchmarks.study tiny",
+    }
+    stops = 0
+    while len(stored.finished()) < 27:
+        stored.start(config)
+        laboratory = Laboratory(corpus, on_test=True, reference=replace(TINY, name="reference"))
+        run, left = laboratory.run, iter(range(4))
+
+        def stopping(*arguments, run=run, left=left):
+            next(left)
+            return run(*arguments)
+
+        laboratory.run = stopping
+        try:
+            command_line.run_missing(STUDY, laboratory, stored, STUDY.seeds)
+        except StopIteration:
+            stops += 1
+    assert stops == 6
+    return stored
+
+
+def test_a_resumed_study_equals_an_uninterrupted_one(finished, laboratory):
+    frame = finished.frame().set_index(["setting", "method", "seed"])
+    assert len(frame) == 27 and frame.index.is_unique
+    for setting, method, seed in [(TINY, LRW["Hard"], 1), (OTHER, METHODS[4], 2)]:
+        numbers = laboratory.run(setting, method, seed)
+        for name in ("accuracy", "margin", "train_loss", "ece"):
+            assert frame.loc[(setting.name, method.name, seed), name] == pytest.approx(numbers[name], rel=1e-5)
+
+
+def test_a_folder_refuses_another_configuration_but_may_grow(finished):
+    config = json.loads(finished.config.read_text())
+    grown = described([TINY, OTHER, replace(TINY, name="new")], METHODS)
+    finished.start(config | grown)
+    assert "new" in json.loads(finished.config.read_text())["settings"]
+    with pytest.raises(typer.BadParameter, match="settings 'tiny'"):
+        finished.start(config | described([replace(TINY, epochs=4)], METHODS))
+
+
+def test_the_page_follows_from_the_runs(finished, monkeypatch):
+    monkeypatch.setattr(rendering, "STUDIES", {"tiny": STUDY})
+    rendering.render(finished.folder.parent)
+    page = (finished.folder.parent / "README.md").read_text()
+    frame = finished.frame()
+    own = frame[frame["setting"] == "tiny"].pivot(index="seed", columns="method", values="accuracy")
+    change = 100 * (own["MOLERE"] - own["ERM"])
+    half = scipy.stats.t.ppf(0.975, 2) * change.std(ddof=1) / 3**0.5
+    assert f"| MOLERE | {change.mean():+.2f} ± {half:.2f} |" in page.replace("**", "")
+    for name in ("differences.png", "margins.png"):
+        assert f"study-tiny/{name}" in page
+        with Image.open(finished.folder / name) as image:
+            assert image.width > 600
+
+
+def test_the_command_line(data, tmp_path, monkeypatch):
+    small = replace(STUDY, settings=(TINY,), methods=(ERM, MOLERE), seeds=1, margins=False)
+    monkeypatch.setattr(command_line, "STUDIES", {"tiny": small})
+    monkeypatch.setattr(command_line, "Laboratory", lambda corpus, on_test: Laboratory(corpus, on_test, TINY))
+    monkeypatch.setattr(command_line, "Corpus", lambda *arguments: Corpus(*arguments, selection=30))
+    threads = torch.get_num_threads()
+    options = ["--data", f"parquet:{data}", "--results", tmp_path / "results", "--cache", tmp_path, "--patches", 4]
+    arguments = [str(argument) for argument in ["tiny", *options]]
+    first, again = (CliRunner().invoke(command_line.app, arguments) for _ in range(2))
+    torch.set_num_threads(threads)
+    assert first.exit_code == 0 and again.exit_code == 0, first.output + again.output
+    assert "tiny, MOLERE, seed 0: accuracy" in first.output and not again.output
+    assert len(pd.read_csv(tmp_path / "results" / "study-tiny" / "results.csv")) == 2
+    config = (tmp_path / "results" / "study-tiny" / "config.json").read_text()
+    assert str(data.parent) not in config and '"pool_rows": 90' in config
+    assert CliRunner().invoke(command_line.app, ["unknown"]).exit_code == 2

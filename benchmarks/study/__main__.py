@@ -14,7 +14,7 @@ import typer
 from benchmarks.datasets import DataOptions
 from benchmarks.features import PatchOptions
 from benchmarks.provenance import provenance, without_machine
-from benchmarks.study import rendering
+from benchmarks.study import people, rendering
 from benchmarks.study.problems import Corpus
 from benchmarks.study.store import Stored, described
 from benchmarks.study.studies import STUDIES, Study
@@ -22,9 +22,10 @@ from benchmarks.study.training import Laboratory
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 RESULTS = Path("benchmarks/results")
+HUMAN = "human"
 
 
-@app.command(help=f"Run a study, or what is missing of it: {', '.join(STUDIES)}; or render all stored ones.")
+@app.command(help=f"Run a study, or what is missing of it: {', '.join([*STUDIES, HUMAN])}; or render all stored ones.")
 def study(
     name: Annotated[str, typer.Argument(help="Which study, or render.")],
     data: Annotated[str, typer.Option(help="cifar10, or parquet:DIR with the label columns of CIFAR-10N.")] = "cifar10",
@@ -39,11 +40,15 @@ def study(
     if name == "render":
         rendering.render(results)
         return
-    if name not in STUDIES:
-        raise typer.BadParameter(f"{name!r} is unknown; take one of {', '.join(STUDIES)}, render", param_hint="NAME")
+    if name not in (*STUDIES, HUMAN):
+        known = ", ".join([*STUDIES, HUMAN, "render"])
+        raise typer.BadParameter(f"{name!r} is unknown; take one of {known}", param_hint="NAME")
     torch.set_num_threads(threads)
     options = PatchOptions(patches=patches)
     corpus = Corpus(DataOptions(data, root), cache, options)
+    if name == HUMAN:
+        _people(corpus, Stored(results / f"study-{HUMAN}"), data, options, seeds or people.SEEDS)
+        return
     chosen = STUDIES[name]
     stored = Stored(results / f"study-{name}")
     stored.start(_config(chosen, data, options, corpus))
@@ -63,6 +68,16 @@ def run_missing(chosen: Study, laboratory: Laboratory, stored: Stored, seeds: in
             f"balanced {100 * numbers['balanced_accuracy']:.2f} %, train {100 * numbers['train_accuracy']:.1f} %, "
             f"{numbers['seconds']:.0f} s"
         )
+
+
+def _people(corpus: Corpus, stored: Stored, data: str, options: PatchOptions, seeds: int) -> None:
+    """The study of people, whose rows are ways to tell hard rows rather than runs."""
+    asked = Study(HUMAN, people.QUESTION, (people.SETTING,), (people.METHOD,))
+    stored.start(_config(asked, data, options, corpus))
+    for seed in range(seeds):
+        if seed not in set(stored.frame()["seed"]):
+            stored.add(people.agreement(corpus, people.SETTING, people.METHOD, seed))
+            typer.echo(f"{HUMAN}, seed {seed}: stored")
 
 
 def _config(chosen: Study, data: str, patches: PatchOptions, corpus: Corpus) -> dict[str, Any]:

@@ -16,13 +16,21 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from benchmarks.study.measures import logits
-from benchmarks.study.methods import ERM, Method
+from benchmarks.study.methods import ERM, MOLERE, Method
 from benchmarks.study.problems import Corpus, Problem, Setting
 from benchmarks.study.training import train
 from torch_molere import probabilistic_margin
 
 ANNOTATORS = ("label_random1", "label_random2", "label_random3")
 FOLDS = 4
+SEEDS = 5
+SETTING = Setting("fitted", lr=0.02)
+METHOD = MOLERE
+QUESTION = (
+    "Does hardness agree with people? Spearman's rank correlation with how many of CIFAR-10N's three annotators missed "
+    "the clean label (trained on clean labels), and how well each score finds the wrong labels of `label_aggregate` "
+    "(trained on those): area under the ROC curve and average precision."
+)
 
 
 def agreement(corpus: Corpus, setting: Setting, method: Method, seed: int) -> Iterator[dict[str, Any]]:

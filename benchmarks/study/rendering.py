@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.figures import STYLE, save
 from benchmarks.results import Interval, interval, write
+from benchmarks.study import people
 from benchmarks.study.store import Stored
 from benchmarks.study.studies import STUDIES, Study
 
@@ -182,6 +183,29 @@ def section(chosen: Study, folder: Path) -> str:
     return text
 
 
+def human_section(folder: Path) -> str:
+    """Agreement with people, by score."""
+    stored = Stored(folder)
+    frame = stored.frame()
+    if frame.empty or frame["seed"].nunique() < LEAST_SEEDS:
+        return ""
+    config: dict[str, Any] = json.loads(stored.config.read_text(encoding="utf-8"))
+    rows = []
+    for method, own in frame.groupby("method", sort=False):
+        cells = [
+            interval(own[name].dropna().to_numpy()).shown(".3f") for name in ("spearman", "auroc", "average_precision")
+        ]
+        rows.append(f"| {method} | {' | '.join(cells)} |\n")
+    wrong = 100 * frame["wrong"].mean()
+    return (
+        f"## `human`\n\n{people.QUESTION}\n\n"
+        f"{people.SETTING.rows:,} rows, MLP {people.SETTING.hidden}, {people.SETTING.epochs} epochs, {wrong:.1f} % "
+        f"wrong labels, {frame['seed'].nunique()} seeds; larger is better. `{config['command']}`\n\n"
+        "| score | rank correlation | AUROC | average precision |\n| --- | ---: | ---: | ---: |\n"
+        f"{''.join(rows)}\n"
+    )
+
+
 HEAD = """# Results
 
 Rendered from the stored files by `python -m benchmarks.study render`; do not edit by hand.
@@ -198,4 +222,5 @@ held out of the training set. Hard and easy thirds are those of another model, t
 def render(results: Path) -> None:
     """Write ``README.md`` in the folder of results, and every study's figures."""
     parts = [section(chosen, results / f"study-{name}") for name, chosen in STUDIES.items()]
+    parts.append(human_section(results / "study-human"))
     write(results / "README.md", HEAD + "".join(parts).rstrip() + "\n")

@@ -133,14 +133,12 @@ NOISE = Study(
 
 IMBALANCE = Study(
     "imbalance",
-    "Long-tailed training sets, the test set balanced; in the settings with trusted rows, 20 rows of each class are "
+    "Long-tailed training sets, the test set balanced; in the last setting 10 rows of each class are "
     "also the validation set.",
     (
-        replace(FITTED, name="long tail 10", rows=None, imbalance=10.0),
-        replace(FITTED, name="long tail 100", rows=None, imbalance=100.0),
-        replace(
-            FITTED, name="long tail 100, 200 trusted", rows=None, imbalance=100.0, trusted=200, trusted_by_class=True
-        ),
+        replace(FITTED, name="long tail 10", imbalance=10.0),
+        replace(FITTED, name="long tail 100", imbalance=100.0),
+        replace(FITTED, name="long tail 100, 100 trusted", imbalance=100.0, trusted=100, trusted_by_class=True),
     ),
     (ERM, LRW["Random"], LRW["Hard"], LRW["Hard"].control, MOLERE, TRAINED_ON_TOO, BOUNDED, TRUSTED, TRUSTED_BOUNDED),
     measures=("balanced_accuracy", "worst_class", "accuracy", "nll"),

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from benchmarks.datasets import DataOptions
 from benchmarks.features import PatchOptions
 from benchmarks.study import __main__ as command_line
-from benchmarks.study import rendering, studies
+from benchmarks.study import people, rendering, studies
 from benchmarks.study.measures import Reference, measure
 from benchmarks.study.methods import ERM, LRW, MOLERE, Method
 from benchmarks.study.problems import SHIFTS, Corpus, Setting, shifted
@@ -212,3 +212,36 @@ def test_the_command_line(data, tmp_path, monkeypatch):
     config = (tmp_path / "results" / "study-tiny" / "config.json").read_text()
     assert str(data.parent) not in config and '"pool_rows": 90' in config
     assert CliRunner().invoke(command_line.app, ["unknown"]).exit_code == 2
+
+
+def test_agreement_with_people(tmp_path, corpus, monkeypatch):
+    """A score that counts the annotators who were wrong agrees with them; MOLERE's are there, and stored once."""
+    rows = corpus.labels["label"]
+    for number, name in enumerate(people.ANNOTATORS):
+        missed = np.arange(len(rows)) % 3 < number
+        monkeypatch.setitem(corpus.labels, name, np.where(missed, (rows + 1) % CLASSES, rows))
+    wrong = np.where(np.arange(len(rows)) % 4 == 0, (rows + 1) % CLASSES, rows)
+    monkeypatch.setitem(corpus.labels, "label_aggregate", wrong)
+    monkeypatch.setattr(people, "SETTING", TINY)
+
+    def scores(corpus, setting, method, problem, seed):
+        missed = sum(corpus.labels[name][problem.source] != problem.clean.numpy() for name in people.ANNOTATORS)
+        truth = (problem.labels != problem.clean).numpy().astype(float)
+        return {"people": missed.astype(float), "truth": truth, **real(corpus, setting, method, problem, seed)}
+
+    real = people._scores
+    monkeypatch.setattr(people, "_scores", scores)
+    stored = Stored(tmp_path / "study-human")
+    for _ in range(2):
+        command_line._people(corpus, stored, "tiny", PatchOptions(), 3)
+    frame = stored.frame()
+    clean, noisy = (frame[frame.setting == name] for name in ("clean labels", "label_aggregate"))
+    assert (clean[clean.method == "people"].spearman > 0.999).all()
+    assert (noisy[noisy.method == "truth"].auroc == 1.0).all()
+    assert (noisy[noisy.method == "truth"].average_precision == 1.0).all()
+    assert noisy.wrong.between(0.1, 0.4).all()
+    assert set(clean.groupby("method").size()) == {3}
+    assert {"MOLERE: mean weight", "MOLERE: time spent in validation", "ERM: final loss"} < set(clean.method)
+    page = rendering.human_section(tmp_path / "study-human")
+    assert "| truth | " in page and "| 1.000 ± 0.000 | 1.000 ± 0.000 |" in page
+    assert rendering.human_section(tmp_path / "nothing") == ""

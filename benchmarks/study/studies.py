@@ -70,6 +70,11 @@ ORDERING = Study(
         molere("φ 1e-2", weighting_lr=1e-2),
     ),
     margins=True,
+    finding="Not held: easy < random < hard in accuracy. Plain training on the same rows shows where the loss comes "
+    "from. In the fitted regime it is the weights: a φ that moves fast costs points that the missing rows do not. In "
+    "the under-fitted one it is the missing rows, hard ones above all, and MOLERE pays as much as plain training "
+    "without them. Held: hard validation moves margin from easy to hard instances, in the fitted regime less than "
+    "random validation does. At its default rate φ changes little either way.",
 )
 
 SELECT = Study(
@@ -93,6 +98,10 @@ SELECT = Study(
     ),
     measures=("accuracy", "balanced_accuracy", "hard_third_by_margin", "nll"),
     on_test=False,
+    finding="What the default gains on wrong labels comes from holding the hardest rows out, as they are the wrong "
+    "ones: trained on too, nothing is gained. The same holding out is what it loses in the under-fitted regime. A "
+    "bounded validation loss on partly random rows with a fast φ gains most on wrong labels, but varies from seed to "
+    "seed and can lose elsewhere. No variant is best everywhere, so the defaults stay.",
 )
 
 TRUSTED = Method(
@@ -109,13 +118,13 @@ BOUNDED = molere("expected error, half random, φ 1e-2", expected_error=True, sp
 NOISE = Study(
     "noise",
     "When do hard validation instances become wrong labels, and what stops it? Real human labels (CIFAR-10N) and "
-    "symmetric noise; in the last setting 1,000 rows, trusted, carry their clean label for everyone.",
+    "symmetric noise; in the last setting 500 rows, trusted, carry their clean label for everyone.",
     (
         replace(FITTED, name="aggregate labels", labels="label_aggregate"),
         replace(FITTED, name="worst labels", labels="label_worst"),
         replace(FITTED, name="symmetric 20 %", labels="symmetric:0.2"),
         replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"),
-        replace(FITTED, name="worst labels, 1,000 trusted", labels="label_worst", rows=10_000, trusted=1_000),
+        replace(FITTED, name="worst labels, 500 trusted", labels="label_worst", trusted=500),
     ),
     (
         ERM,

@@ -1,7 +1,9 @@
 """The studies on a tiny data set: whole, stopped and resumed; and what they measure, against other libraries."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -245,3 +247,12 @@ def test_agreement_with_people(tmp_path, corpus, monkeypatch):
     page = rendering.human_section(tmp_path / "study-human")
     assert "| truth | " in page and "| 1.000 ± 0.000 | 1.000 ± 0.000 |" in page
     assert rendering.human_section(tmp_path / "nothing") == ""
+
+
+def test_the_stored_page_is_what_the_stored_files_say(tmp_path):
+    stored = Path(__file__).parents[2] / "benchmarks" / "results"
+    for folder in stored.glob("study-*"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("*.png"))
+    rendering.render(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (stored / "README.md").read_text(encoding="utf-8")
+    assert len(list(tmp_path.glob("study-*/differences.png"))) == len(list(stored.glob("study-*/differences.png")))

@@ -220,6 +220,8 @@ class MetaReweighter:
             raise ValueError(f"order must be 'after' or 'before', got {order!r}")
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in (0, 1), got {val_fraction}")
+        if not isinstance(hold_out, bool):
+            raise ValueError(f"hold_out must be True or False, got {hold_out!r}")
         _check_count("every", every, 1)
         _check_count("warmup_steps", warmup_steps, 0)
         if val_batch_size is not None:

@@ -98,8 +98,8 @@ SELECT = Study(
     ),
     measures=("accuracy", "balanced_accuracy", "hard_third_by_margin", "nll"),
     on_test=False,
-    finding="What the default gains on wrong labels comes from holding the hardest rows out, as they are the wrong "
-    "ones: trained on too, nothing is gained. The same holding out is what it loses in the under-fitted regime. A "
+    finding="What the default gains on wrong labels comes from holding hard rows out, wrong ones among them: trained "
+    "on too, nothing is gained. The same holding out is what it loses in the under-fitted regime. A "
     "bounded validation loss on partly random rows with a fast φ gains most on wrong labels, but varies from seed to "
     "seed and can lose elsewhere. No variant is best everywhere, so the defaults stay.",
 )

@@ -43,7 +43,8 @@ class SampleHistory:
             ``row`` (long); ``seen``, the number of encounters (long); and, in float32, the means of ``loss``,
             ``margin`` (the probabilistic margin, NaN without class indices), ``correct`` (how often the classifier was
             right), ``held_out`` (how often it was validation) and ``weight`` (NaN where it was never weighed). Wrong
-            labels show as small margins and weights; ``pandas.DataFrame(history.table())`` sorts them.
+            labels show as large losses and small margins; ``pandas.DataFrame(history.table())`` sorts them. By weight
+            they are small against a clean validation set and large against hard instances.
         """
         sums = self._sums.cpu()
         row = sums[:, 0].nonzero().squeeze(1)

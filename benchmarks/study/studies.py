@@ -138,6 +138,11 @@ NOISE = Study(
         TRUSTED_BOUNDED,
     ),
     measures=("accuracy", "margin", "hard_third_by_margin", "nll", "ece", "train_accuracy"),
+    finding="MOLERE at its defaults is above plain training for every kind of label noise, and above plain training "
+    "without the hardest tenth: hard rows are held out, wrong ones among them, and what is hard is found anew as "
+    "training goes on. Trained on too, nothing is gained. It is less well calibrated. A fast φ lost with random, hard "
+    "and trusted validation alike; only with a bounded validation loss and partly random rows it gained more, not for "
+    "every seed.",
 )
 
 IMBALANCE = Study(

@@ -140,8 +140,8 @@ NOISE = Study(
     measures=("accuracy", "margin", "hard_third_by_margin", "nll", "ece", "train_accuracy"),
     finding="MOLERE at its defaults is above plain training for every kind of label noise; plain training without the "
     "hardest tenth gains, too, on all but the mildest: hard rows are held out, wrong ones among them. Trained on too, "
-    "nothing is gained. It is less well calibrated. A fast φ lost with random, hard "
-    "and trusted validation alike; only with a bounded validation loss and partly random rows it gained more, not for "
+    "nothing is gained. It is less well calibrated. A fast φ was never clearly above plain training with random, hard "
+    "or trusted validation; only with a bounded validation loss and partly random rows it gained more, not for "
     "every seed.",
 )
 

@@ -119,7 +119,8 @@ def test_labels_follow_the_stream(seed, shares, capacity):
     p = p / p.sum()
     counts = buffer.class_counts()
     for label, wanted in enumerate(p.tolist()):
-        assert counts.get(label, 0) <= (1 + LABEL_TOLERANCE + 0.1) * wanted * len(buffer) + 2
+        # P(y) is what the stream has shown so far: of a rare class, early on, up to some instances more.
+        assert counts.get(label, 0) <= (1 + LABEL_TOLERANCE + 0.1) * wanted * len(buffer) + 3
 
 
 @given(

@@ -138,8 +138,8 @@ NOISE = Study(
         TRUSTED_BOUNDED,
     ),
     measures=("accuracy", "margin", "hard_third_by_margin", "nll", "ece", "train_accuracy"),
-    finding="At this learning rate, chosen for clean labels, at which plain training fits the wrong ones: MOLERE at its "
-    "defaults is above plain training for every kind of label noise. A lower rate helps plain training as much "
+    finding="At this learning rate, chosen for clean labels, at which plain training fits the wrong ones: MOLERE at "
+    "its defaults is above plain training for every kind of label noise. A lower rate helps plain training as much "
     "(`select-rate`, two seeds), and whether MOLERE gains there has not been studied. Plain training without the "
     "hardest tenth gains, too, on all but the mildest: hard rows are held out, wrong ones among them. Trained on too, "
     "nothing is gained. It is less well calibrated. A fast φ was never clearly above plain training with random, hard "

@@ -105,9 +105,13 @@ def test_labels_follow_the_stream(seed, shares, capacity):
     p = torch.tensor(shares)
     bias = torch.rand(len(shares), generator=generator)  # the splitter prefers some classes
     buffer = ValidationBuffer(capacity, 10**9, seed)
+    highest = {}
     for _ in range(60):
         labels = torch.multinomial(p, 32, replacement=True, generator=generator).tolist()
         share = buffer.shares(labels)
+        highest = {label: max(highest.get(label, 0.0), share[label]) for label in share} | {
+            label: most for label, most in highest.items() if label not in share
+        }
         chosen, added = [], Counter()
         for i in sorted(range(32), key=lambda i: -bias[labels[i]].item()):
             label = labels[i]
@@ -119,8 +123,9 @@ def test_labels_follow_the_stream(seed, shares, capacity):
     p = p / p.sum()
     counts = buffer.class_counts()
     for label, wanted in enumerate(p.tolist()):
-        # P(y) is what the stream has shown so far: of a rare class, early on, up to some instances more.
-        assert counts.get(label, 0) <= (1 + LABEL_TOLERANCE + 0.1) * wanted * len(buffer) + 3
+        # P(y) is what the stream has shown so far: of a rare class, early on, its share may have been larger.
+        most = max(highest.get(label, 0.0), wanted)
+        assert counts.get(label, 0) <= (1 + LABEL_TOLERANCE) * most * capacity + 2
 
 
 @given(

@@ -1,7 +1,6 @@
 """Fixed image features after Coates, Lee and Ng (AISTATS 2011): distances to k-means patches, pooled over quadrants.
 
-They let a small network on top stand in for a large one where there is no accelerator: an MLP of 512 units on them
-reaches 76 % on CIFAR-10 in a minute of CPU time.
+They let a small network on top stand in for a large one where there is no accelerator.
 """
 
 from __future__ import annotations

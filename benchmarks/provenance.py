@@ -34,8 +34,8 @@ def provenance(module: str, arguments: Sequence[str], device: torch.device, also
 
 
 def without_machine(argument: str) -> str:
-    """An argument with its absolute path cut down to the last name."""
-    return re.sub(r"(^|[:=])/(?:.*/)?([^/]+)/?$", r"\1…/\2", argument)
+    """An argument with a path that leads out of the repository cut down to the last name."""
+    return re.sub(r"(^|[:=])(?:/|\.\./)(?:.*/)?([^/]+)/?$", r"\1…/\2", argument)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -31,6 +31,16 @@ def part(tensors, rank, cut):
     return tuple(tensor[rows] for tensor in tensors)
 
 
+def reweighted(network, optimizer, weighting, rank, **options):
+    """A reweighter with a fixed validation set; ranks other than the first start from other weightings than its."""
+    torch.manual_seed(5 + (rank or 0))
+    for parameter in weighting.parameters():
+        nn.init.normal_(parameter)
+    validation = [part(batch(100 + i, 10), rank, 6) for i in range(2)]
+    settings = {"weighting_lr": 0.05, "validation": validation, "warmup_steps": 2, "every": 2, **options}
+    return MetaReweighter(network, optimizer, weighting=weighting, **settings)
+
+
 def train(rank, cut, **options):
     """Seven steps with a fixed validation set; rank None is one process with everything."""
     model = classifier()
@@ -39,19 +49,7 @@ def train(rank, cut, **options):
     weighting = {"signals": lambda: SignalWeighting(("loss", "margin")), "free": lambda: FreeWeighting(16)}[
         options.pop("phi")
     ]().double()
-    torch.manual_seed(5 if rank is None else rank + 5)  # other ranks start from rank 0's
-    for parameter in weighting.parameters():
-        nn.init.normal_(parameter)
-    reweighter = MetaReweighter(
-        network,
-        optimizer,
-        weighting=weighting,
-        weighting_lr=0.05,
-        validation=[part(batch(100 + i, 10), rank, 6) for i in range(2)],
-        warmup_steps=2,
-        every=2,
-        **options,
-    )
+    reweighter = reweighted(network, optimizer, weighting, rank, **options)
     weights = []
     for step in range(7):
         x, y, rows = part((*batch(step), torch.arange(16)), rank, cut)

@@ -54,6 +54,10 @@ class Run:
             self.model, self.optimizer, weighting=phi, weighting_lr=0.05, splitter_lr=0.05, **chosen, **self.options
         )
 
+    def stateful(self):
+        names = ("model", "optimizer", "scheduler", "reweighter", "twin", "twin_optimizer", "twin_scheduler")
+        return {name: getattr(self, name) for name in names}
+
     def fail(self, *_):
         if self.fault is not None:
             self.fault -= 1
@@ -261,17 +265,8 @@ class Sequences(RuleBasedStateMachine):
     def save(self):
         run = self.run
         run.optimizer.zero_grad(), run.twin_optimizer.zero_grad()
-        save_checkpoint(
-            self.path,
-            model=run.model,
-            optimizer=run.optimizer,
-            scheduler=run.scheduler,
-            reweighter=run.reweighter,
-            twin=run.twin,
-            twin_optimizer=run.twin_optimizer,
-            twin_scheduler=run.twin_scheduler,
-            values=[run.groups, run.classes, run.updates, run.shown, run.sent, run.model.training],
-        )
+        values = [run.groups, run.classes, run.updates, run.shown, run.sent, run.model.training]
+        save_checkpoint(self.path, **run.stateful(), values=values)
         self.since = []
 
     @precondition(lambda self: self.since)
@@ -284,16 +279,7 @@ class Sequences(RuleBasedStateMachine):
             torch.manual_seed(77)
             self.run = Run(self.options, self.seed + 1, groups)
         run = self.run
-        values = load_checkpoint(
-            self.path,
-            model=run.model,
-            optimizer=run.optimizer,
-            scheduler=run.scheduler,
-            reweighter=run.reweighter,
-            twin=run.twin,
-            twin_optimizer=run.twin_optimizer,
-            twin_scheduler=run.twin_scheduler,
-        )
+        values = load_checkpoint(self.path, **run.stateful())
         run.groups, run.classes, run.updates, run.shown, run.sent, training = values["values"]
         run.optimizer.zero_grad(), run.twin_optimizer.zero_grad()
         run.model.train(training), run.twin.train(training)

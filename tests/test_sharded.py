@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import in_processes
 from same import assert_same
-from test_distributed import batch, part
+from test_distributed import batch, part, reweighted
 from torch import nn
 
 from torch_molere import MetaReweighter, SignalWeighting, hypergradient
@@ -49,19 +49,7 @@ def train(rank, cut, name, engine):
         sharded(model)
     optimizer = OPTIMIZERS[name](model.parameters())
     weighting = SignalWeighting(("loss", "margin")).double()
-    torch.manual_seed(5)
-    for parameter in weighting.parameters():
-        nn.init.normal_(parameter)
-    reweighter = MetaReweighter(
-        model,
-        optimizer,
-        weighting=weighting,
-        weighting_lr=0.05,
-        validation=[part(batch(100 + i, 10), rank, 6) for i in range(2)],
-        warmup_steps=2,
-        every=2,
-        hypergradient=engine,
-    )
+    reweighter = reweighted(model, optimizer, weighting, rank, hypergradient=engine)
     weights = []
     for step in range(7):
         inputs, targets = part(batch(step), rank, cut)

@@ -188,15 +188,15 @@ def evaluate(
     """
     if is_sharded(model):
         positional, named = arguments
-        with torch.no_grad(), standing_in(model, parameters, buffers), _own_forward(model):
+        with torch.no_grad(), standing_in(model, parameters, buffers), own_forward(model):
             return model(*positional, **named)
     stand_ins = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
-    with _own_forward(model):
+    with own_forward(model):
         return torch.func.functional_call(model, stand_ins, *arguments)
 
 
 @contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
+def own_forward(model: nn.Module) -> Iterator[None]:
     """Without the autocast that Accelerate (and so the Trainer) puts around a model's forward."""
     own = model.__dict__.get("_original_forward")
     if own is None:

@@ -36,6 +36,7 @@ from torch_molere.evaluation import (
     device_of,
     evaluate,
     map_tensors,
+    own_forward,
     per_sample_losses,
     preserved_randomness,
 )
@@ -43,10 +44,10 @@ from torch_molere.sharded import any_sharded, full, is_sharded, standing_in
 from torch_molere.update import Update, check_differentiable
 
 Engine = Literal["auto", "forward", "finite", "unrolled"]
+ENGINES: tuple[Engine, ...] = ("auto", "forward", "finite", "unrolled")
+
 _FORWARD_AD = threading.RLock()
 """PyTorch's forward-mode levels are those of the process: one thread at a time."""
-
-ENGINES: tuple[Engine, ...] = ("auto", "forward", "finite", "unrolled")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def validation_gradient(
     (positional, named), targets = batch
     with torch.enable_grad(), preserved_randomness(device_of(model), seed):
         if is_sharded(model):
-            with standing_in(model, parameters, dict(model.named_buffers())) as own:
+            with standing_in(model, parameters, dict(model.named_buffers())) as own, own_forward(model):
                 outputs = model(*positional, **named)
                 losses = per_sample_losses(loss_fn, outputs, targets)
                 everyone, _ = gathered(losses.detach())

@@ -16,7 +16,7 @@ from torch_molere import LearnedSplitter, MetaReweighter, RandomSplitter, Sample
 
 VALIDATION_SHARE = 0.1
 
-Weighs = Literal["equally", "fixed", "molere", "focal", "rgd", "jtt", "rho", "l2rw"]
+Weighs = Literal["equally", "fixed", "molere"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Method:
     Attributes:
         name: as it stands in tables.
         weighs: ``equally`` (plain training), ``fixed`` (learned reweighting against the set-apart rows), ``molere``
-            (against the splitter's), or a baseline's own way.
+            (against the splitter's).
         apart: which rows are set apart: a tenth of them (``easy`` or ``hard`` by the margins of plain training with
             the same seed, or ``random``) or the trusted ones.
         held_out: whether the rows set apart are left out of training.
-        arguments: of the reweighter, or of the baseline; ``signals`` is what φ sees, ``splitter`` one of
+        arguments: of the reweighter; ``signals`` is what φ sees, ``splitter`` one of
             :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it.
     """
 
@@ -55,8 +55,7 @@ class Method:
         if self.apart in ("easy", "hard"):
             assert erm_margins is not None
             hardest_first = erm_margins.argsort(descending=self.apart == "easy", stable=True).numpy()
-            trim = round(self.arguments.get("trim", 0.0) * len(problem.labels))
-            return np.sort(hardest_first[trim : trim + count])
+            return np.sort(hardest_first[:count])
         return np.empty(0, dtype=np.int64)
 
 
@@ -91,8 +90,6 @@ def reweighter(
 ) -> MetaReweighter:
     """The reweighter that a method trains with."""
     arguments = dict(method.arguments)
-    arguments.pop("trim", None)
-    arguments["warmup_steps"] = round(arguments.pop("warmup_scale", 1.0) * warmup_steps)
     signals = tuple(arguments.pop("signals", ("loss",)))
     if (kind := arguments.pop("splitter", None)) is not None:
         arguments["splitter"] = SPLITTERS[kind](seed)
@@ -106,7 +103,12 @@ def reweighter(
             ),
         )
     return MetaReweighter(
-        model, optimizer, weighting=SignalWeighting(signals, num_classes=classes), seed=seed, **arguments
+        model,
+        optimizer,
+        weighting=SignalWeighting(signals, num_classes=classes),
+        warmup_steps=warmup_steps,
+        seed=seed,
+        **arguments,
     )
 
 

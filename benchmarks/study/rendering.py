@@ -99,8 +99,7 @@ def _panel(axes: Axes, part: pd.DataFrame, setting: str, methods: Sequence[str],
         axes.hlines(place, change.mean - change.half, change.mean + change.half, color=colour, lw=2.2)
         axes.plot(change.mean, place, "o", color=colour, ms=6, mec="white", zorder=3)
         axes.plot(changes, np.full(len(changes), place - 0.28), "o", color=colour, ms=3, alpha=0.5, mew=0)
-    own = 100 if percent == 100 else 1
-    axes.set_title(f"{setting}\n(ERM {own * pivoted['ERM'].mean():.{1 if own == 100 else 3}f})", fontsize=9)
+    axes.set_title(f"{setting}\n(ERM {percent * pivoted['ERM'].mean():.{1 if percent == 100 else 3}f})", fontsize=9)
 
 
 def figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path: Path) -> None:

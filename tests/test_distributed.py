@@ -67,7 +67,8 @@ def held_out(rank):
     """MOLERE with a buffer for each rank."""
     network = DistributedDataParallel(classifier())
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
-    reweighter = MetaReweighter(network, optimizer, warmup_steps=3, every=2, val_fraction=0.25, splitter_lr=0.05)
+    options = {"warmup_steps": 3, "every": 2, "val_fraction": 0.25, "splitter_lr": 0.05, "hold_out": True}
+    reweighter = MetaReweighter(network, optimizer, **options)
     sent = []
     for step in range(40):
         result = reweighter.step(part(batch(step, 40), rank, 20))
@@ -80,9 +81,8 @@ def passed_around(rank, buffer_size):
     """Rows that change between processes at every epoch: after each step, what each trained on and holds."""
     network = DistributedDataParallel(classifier())
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    reweighter = MetaReweighter(
-        network, optimizer, warmup_steps=4, every=2, val_fraction=0.2, splitter_lr=0.05, buffer_size=buffer_size
-    )
+    options = {"warmup_steps": 4, "every": 2, "val_fraction": 0.2, "splitter_lr": 0.05, "hold_out": True}
+    reweighter = MetaReweighter(network, optimizer, buffer_size=buffer_size, **options)
     inputs, targets = batch(0, 60)
     steps, seen, sent = [], {}, {}
     for epoch in range(6):

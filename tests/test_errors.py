@@ -55,7 +55,7 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
         ({"order": "during"}, ValueError, "order must be 'after' or 'before', got 'during'"),
         ({"val_fraction": 0.0}, ValueError, r"val_fraction must lie in \(0, 1\), got 0.0"),
         ({"val_fraction": 1.0}, ValueError, r"val_fraction must lie in \(0, 1\), got 1.0"),
-        ({"hold_out": "no"}, ValueError, "hold_out must be True or False, got 'no'"),
+        ({"hold_out": "no"}, ValueError, "hold_out must be True, False or 'auto', got 'no'"),
         ({"val_loss_fn": 1}, TypeError, "val_loss_fn must be callable, got int"),
         ({"every": 0}, ValueError, "every must be an integer ≥ 1, got 0"),
         ({"every": 2.5}, ValueError, "every must be an integer ≥ 1, got 2.5"),

@@ -227,8 +227,9 @@ def network_outputs(model, x):
     bias=st.floats(-6, 6),
     indexed=st.booleans(),
     warmup=st.integers(0, 5),
+    hold_out=st.sampled_from([True, False, "auto"]),
 )
-def test_the_split_covers_the_batch_and_keeps_its_fraction(seed, sizes, delta, bias, indexed, warmup):
+def test_the_split_covers_the_batch_and_keeps_its_fraction(seed, sizes, delta, bias, indexed, warmup, hold_out):
     """Whatever a splitter says (here: nearly everything, or nearly nothing, is validation)."""
     model = network(seed, normalise=False)
     splitter = LearnedSplitter(("loss",)).double()
@@ -241,6 +242,7 @@ def test_the_split_covers_the_batch_and_keeps_its_fraction(seed, sizes, delta, b
         warmup_steps=warmup,
         every=2,
         buffer_size=50,
+        hold_out=hold_out,
         seed=seed,
     )
     sent, shown, first = 0, 0, 0
@@ -250,12 +252,17 @@ def test_the_split_covers_the_batch_and_keeps_its_fraction(seed, sizes, delta, b
         first += size
         result = reweighter.step((x, y, rows) if indexed else (x, y))
         assert result.weights.shape == result.val_mask.shape == (size,)
-        assert (result.weights[result.val_mask] == 0).all()
+        left_out = result.weights == 0
+        if hold_out == "auto":
+            assert not (left_out & ~result.val_mask).any() and (indexed or not left_out.any())
+        else:
+            assert torch.equal(left_out, result.val_mask & hold_out)
         assert not result.val_mask.all()
         torch.testing.assert_close(
-            result.weights[~result.val_mask].mean(), torch.tensor(1.0, dtype=torch.double), rtol=1e-5, atol=0
+            result.weights[~left_out].mean(), torch.tensor(1.0, dtype=torch.double), rtol=1e-5, atol=0
         )
-        if indexed and result.val_loss is None and len(reweighter.buffer) < 50:  # nothing released or replaced
+        # Unless something was released, replaced or, held out at random, not let in.
+        if indexed and result.val_loss is None and len(reweighter.buffer) < 50 and hold_out != "auto":
             assert {int(r) for r in rows[result.val_mask]} <= set(reweighter.buffer.rows)
         shown += size
         sent += int(result.val_mask.sum())

@@ -154,6 +154,7 @@ def test_meta_gradient_is_that_of_the_training_side(order, engine):
         order=order,
         hypergradient=engine,
         val_batch_size=100,
+        hold_out=True,
     )
     *warm, (x, y) = batches(3)
     for batch in warm:
@@ -426,7 +427,7 @@ def test_warm_up_is_plain_training_on_the_training_side():
     model = classifier()
     by_hand = copy.deepcopy(model)
     optimizer = sgd(by_hand)
-    reweighter = MetaReweighter(model, sgd(model), warmup_steps=4, every=1)
+    reweighter = MetaReweighter(model, sgd(model), warmup_steps=4, every=1, hold_out=True)
     phi, theta = copy.deepcopy((reweighter.weighting.state_dict(), reweighter.splitter.state_dict()))
     for x, y in batches(4):
         assert reweighter.warming_up

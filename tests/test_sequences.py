@@ -97,9 +97,7 @@ class Run:
         torch.set_rng_state(random)
         self.twin_optimizer.zero_grad()
         for (x, y, *_), result in zip(batches, results, strict=True):
-            loss = (result.weights * F.cross_entropy(self.twin(x), y, reduction="none")).sum() / (
-                ~result.val_mask
-            ).sum()
+            loss = (result.weights * F.cross_entropy(self.twin(x), y, reduction="none")).sum() / self.side(result).sum()
             (loss if len(batches) == 1 and not own_loop else loss / len(batches)).backward()
             assert_same(loss.detach(), result.loss)
             self.check(result, len(y))
@@ -107,12 +105,17 @@ class Run:
         assert torch.equal(torch.get_rng_state(), after)
         self.updates += 1
 
+    def side(self, result):
+        """Which instances are trained on."""
+        return ~result.val_mask if self.options.get("hold_out") is True else result.weights > 0
+
     def check(self, result, size):
-        side = ~result.val_mask
+        side = self.side(result)
         assert result.weights.shape == result.val_mask.shape == (size,)
         assert side.any()
         assert (result.weights >= 0).all()
-        assert (result.weights[result.val_mask] == 0).all()
+        assert (result.weights[~side] == 0).all()
+        assert result.val_mask[~side].all()
         torch.testing.assert_close(result.weights[side].mean(), torch.tensor(1.0))
         if self.updates < self.reweighter.warmup_steps:
             assert (result.weights[side] == 1).all()
@@ -192,15 +195,16 @@ class Sequences(RuleBasedStateMachine):
         fixed=st.booleans(),
         buffer=st.sampled_from([2, 5, 50]),
         fraction=st.sampled_from([0.1, 0.4]),
+        hold_out=st.sampled_from([True, "auto"]),
     )
-    def begin(self, seed, order, engine, every, warmup, fixed, buffer, fraction):
+    def begin(self, seed, order, engine, every, warmup, fixed, buffer, fraction, hold_out):
         torch.manual_seed(seed)
         self.options = {"order": order, "hypergradient": engine, "every": every, "warmup_steps": warmup}
         if fixed:
             generator = torch.Generator().manual_seed(seed)
             self.options["validation"] = [(torch.randn(5, 4, generator=generator), torch.arange(5) % 3)] * 2
         else:
-            self.options |= {"buffer_size": buffer, "val_fraction": fraction}
+            self.options |= {"buffer_size": buffer, "val_fraction": fraction, "hold_out": hold_out}
         self.fraction, self.seed, self.numbers = fraction, seed, 1000 * seed
         self.run = Run(self.options, seed)
         self.folder = tempfile.TemporaryDirectory()

@@ -17,7 +17,7 @@ from torch_molere.evaluation import is_by_instance, move
 from torch_molere.reweighter import MetaReweighter
 
 Part = dict[str, Any]
-"""What each process has of its own: its validation buffer, its quota and its history."""
+"""What each process has of its own: its validation buffer, its quota, what it has not told yet, and its history."""
 
 
 class DistributedState:
@@ -40,6 +40,7 @@ class DistributedState:
         part: Part = {"history": state.pop("history")}
         if state["holdout"] is not None:
             part |= {name: state["holdout"].pop(name) for name in ("buffer", "quota")}
+            part["waiting"] = state["holdout"]["overfitting"].pop("waiting")
         parts = [part]
         if processes() > 1:
             parts = [{}] * processes()
@@ -59,7 +60,9 @@ class DistributedState:
         part = dealt(packed["parts"], rank, processes())
         whole = {**packed["state"], "history": part["history"]}
         if whole["holdout"] is not None:
-            whole["holdout"] = {**whole["holdout"], "buffer": part["buffer"], "quota": part["quota"]}
+            overfitting = {**whole["holdout"]["overfitting"], "waiting": part["waiting"]}
+            own = {"buffer": part["buffer"], "quota": part["quota"], "overfitting": overfitting}
+            whole["holdout"] = {**whole["holdout"], **own}
         self.reweighter.load_state_dict(whole)
 
 
@@ -71,6 +74,7 @@ def dealt(parts: Sequence[Part], rank: int, number: int) -> Part:
     if "buffer" in parts[0]:
         quotas = [part["quota"] for part in parts]
         part["quota"] = {name: sum(quota[name] for quota in quotas) / len(quotas) for name in quotas[0]}
+        part["waiting"] = [entry for part in parts for entry in part["waiting"]] if rank == 0 else []
         part["buffer"] = _buffer([part["buffer"] for part in parts], rank, number)
     return part
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +15,35 @@ from torch_molere.distributed import sum_gradients
 from torch_molere.evaluation import Arguments
 from torch_molere.journal import Journal
 from torch_molere.membership import HeldElsewhere
+from torch_molere.overfitting import OverfittingTest
 from torch_molere.samples import Samples
 from torch_molere.splitting import RandomSplitter, splitter_loss
 from torch_molere.states import finite_gradients, load_optimizer
 
+logger = logging.getLogger("torch_molere")
+
 LEAST = 2
 """The fewest instances worth a meta-update, kept whatever the splitter says: batch norm needs two."""
+
+PROBED = 0.2
+"""The share of δ that is chosen at random and never trained on, to see whether the classifier overfits."""
+
+HoldsOut = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Choice:
     """Which instances of a batch go to validation, with what is known of all of them, read from the device once."""
 
-    positions: list[int]
+    positions: list[int]  # of those that go into the buffer
     classes: list[int]  # one class for all where there are none
     rows: list[int] | None
+    probed: list[int] = field(default_factory=list)  # of those never trained on, for whom the buffer may be too full
+
+    @property
+    def validation(self) -> list[int]:
+        """Positions of all validation instances."""
+        return sorted({*self.positions, *self.probed})
 
 
 class HoldOut:
@@ -43,6 +58,7 @@ class HoldOut:
         buffer: what holds the instances.
         val_fraction: δ, in (0, 1).
         seed: of the random split during warm-up.
+        hold_out: whether validation instances are left out of training; ``"auto"`` for once the classifier overfits.
         journal: notes its changes, so that those of a failed step can be taken back.
     """
 
@@ -53,6 +69,7 @@ class HoldOut:
         buffer: ValidationBuffer,
         val_fraction: float,
         seed: int,
+        hold_out: HoldsOut = True,
         journal: Journal | None = None,
     ) -> None:
         self._journal = journal or Journal()
@@ -62,6 +79,19 @@ class HoldOut:
         self.warmup_splitter = RandomSplitter(val_fraction, seed)
         self.quota = Quota(val_fraction)
         self.elsewhere = HeldElsewhere()
+        self.hold_out = hold_out
+        # With the seed of the warm-up's split these rows are among its validation rows.
+        self.probe = RandomSplitter(PROBED * val_fraction, seed)
+        self.overfitting = OverfittingTest(self._journal)
+
+    @property
+    def holding_out(self) -> bool:
+        """Whether validation instances are left out of training at present."""
+        return self.overfitting.found if self.hold_out == "auto" else bool(self.hold_out)
+
+    def left_out(self, choice: Choice) -> list[int]:
+        """Positions of the instances not to be trained on."""
+        return choice.validation if self.holding_out else choice.probed
 
     def choose(self, samples: Samples, warming_up: bool) -> Choice:
         """Which instances go to validation; nothing changes yet.
@@ -73,6 +103,9 @@ class HoldOut:
         """
         self.buffer.check((samples.arguments, samples.targets))
         p = self._probabilities(samples, warming_up)
+        probe = self._probe(samples)
+        for i in probe:
+            p[i] = 0.0
         rows = None if samples.indices is None else samples.indices.tolist()
         classes = [0] * len(p) if samples.classes is None else samples.classes.tolist()
         low, high = self.quota.bounds(len(p))
@@ -83,23 +116,28 @@ class HoldOut:
         shares = self.buffer.shares(classes)
         added: dict[int, int] = {}
         chosen: list[int] = []
+        probed: list[int] = []
+        refused = 0
         for i in sorted(range(len(p)), key=lambda i: (p[i] >= 0.5, not held[i], p[i])):
-            if len(chosen) >= (high if p[i] < 0.5 else low):
+            if len(chosen) + refused >= (high if p[i] < 0.5 else low):
                 break
+            if i in probe:
+                probed.append(i)
             label = classes[i]
             if not held[i]:
                 if not self.buffer.accepts(label, shares[label], sum(added.values()), added.get(label, 0)):
+                    refused += i in probe
                     continue
                 added[label] = added.get(label, 0) + 1
             chosen.append(i)
-        return Choice(sorted(chosen), classes, rows)
+        return Choice(sorted(chosen), classes, rows, probed)
 
     def put(self, samples: Samples, choice: Choice) -> None:
         """Hold the chosen instances; rows of this batch that are not among them go back to training."""
         chosen, classes, rows = choice.positions, choice.classes, choice.rows
         self.buffer.observe(classes)
         self._journal.note(self.quota.load_state_dict, self.quota.state_dict())
-        self.quota.spend(len(classes), len(chosen))
+        self.quota.spend(len(classes), len(choice.validation))
         self.buffer.insert(
             (samples.arguments, samples.targets),
             chosen,
@@ -114,6 +152,16 @@ class HoldOut:
             gone = self.elsewhere.tell(came, self.buffer.departed(), trained, samples.losses.device)
             self.buffer.release_rows(gone, keep=LEAST)
         self.buffer.departed()  # the others know, where there are any
+
+    def observe(self, samples: Samples, choice: Choice, step: int, decide: bool) -> None:
+        """See whether the classifier overfits; to ``decide`` it is for all processes at once."""
+        if self.hold_out != "auto":
+            return
+        if choice.rows is not None and choice.probed:
+            losses = samples.losses[choice.probed].double().tolist()
+            self.overfitting.observe(step, [choice.rows[i] for i in choice.probed], losses)
+        if decide and self.overfitting.decide(samples.losses.device):
+            logger.info("the classifier overfits: validation instances are left out of training from step %d on", step)
 
     def draw(self, count: int) -> tuple[tuple[Arguments, Any], list[int]] | None:
         """Up to ``count`` instances and their slots, or None while fewer than :data:`LEAST` are held."""
@@ -134,6 +182,12 @@ class HoldOut:
         easy = ((p_validation >= 0.5) & validation.correct).tolist()
         self.buffer.release([slot for slot, is_easy in zip(slots, easy, strict=True) if is_easy], keep=len(slots))
 
+    def _probe(self, samples: Samples) -> set[int]:
+        """Positions of the rows that are never to be trained on."""
+        if self.hold_out != "auto" or samples.indices is None:
+            return set()
+        return set((self.probe(samples) < 0.5).nonzero().squeeze(1).tolist())
+
     def _probabilities(self, samples: Samples, warming_up: bool) -> list[float]:
         size = samples.losses.shape[0]
         with torch.no_grad():
@@ -147,12 +201,13 @@ class HoldOut:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Θ, its optimizer, the buffer and the quota."""
+        """Θ, its optimizer, the buffer, the quota and what is known of overfitting."""
         return {
             "splitter": self.splitter.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "buffer": self.buffer.state_dict(),
             "quota": self.quota.state_dict(),
+            "overfitting": self.overfitting.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
@@ -162,3 +217,4 @@ class HoldOut:
         self.buffer.load_state_dict(state["buffer"], device)
         self.elsewhere = HeldElsewhere()
         self.quota.load_state_dict(state["quota"])
+        self.overfitting.load_state_dict(state["overfitting"])

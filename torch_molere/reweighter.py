@@ -33,7 +33,7 @@ from torch_molere.evaluation import (
     preserved_randomness,
 )
 from torch_molere.history import SampleHistory
-from torch_molere.holdout import Choice, HoldOut
+from torch_molere.holdout import Choice, HoldOut, HoldsOut
 from torch_molere.hypergradients import (
     ENGINES,
     Engine,
@@ -142,8 +142,11 @@ class MetaReweighter:
         order: ``"after"`` updates φ after the optimizer's step, which serves as the look-ahead; ``"before"`` takes a
             virtual look-ahead first, so that the new φ weighs this very batch, as in the paper, at a higher cost.
         val_fraction: δ, the share of the stream that the splitter sends to validation, in (0, 1).
-        hold_out: whether instances sent to validation are left out of training, as in the paper; False trains on them
-            too, with a weight like all others.
+        hold_out: whether instances sent to validation are left out of training. True: always, as in the paper, which
+            costs accuracy where the classifier does not fit its training set; False: never, they have a weight like
+            all others; ``"auto"``: from the moment the classifier overfits. That shows in the loss of a fifth of δ,
+            chosen at random, which is left out all the time; it takes ``indices`` in the batches, and without them
+            nothing is left out.
         every: Q, a meta-update at every Q-th step.
         warmup_steps: steps of plain training first, with a random split; the paper warms up for a quarter of training.
         val_batch_size: instances drawn from the buffer for a meta-update; default as many as the training batch has.
@@ -190,7 +193,7 @@ class MetaReweighter:
         hypergradient: Engine = "auto",
         order: Order = "after",
         val_fraction: float = 0.1,
-        hold_out: bool = True,
+        hold_out: HoldsOut = "auto",
         every: int = 5,
         warmup_steps: int = 500,
         val_batch_size: int | None = None,
@@ -220,8 +223,8 @@ class MetaReweighter:
             raise ValueError(f"order must be 'after' or 'before', got {order!r}")
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in (0, 1), got {val_fraction}")
-        if not isinstance(hold_out, bool):
-            raise ValueError(f"hold_out must be True or False, got {hold_out!r}")
+        if not isinstance(hold_out, bool) and hold_out != "auto":
+            raise ValueError(f"hold_out must be True, False or 'auto', got {hold_out!r}")
         _check_count("every", every, 1)
         _check_count("warmup_steps", warmup_steps, 0)
         if val_batch_size is not None:
@@ -245,7 +248,6 @@ class MetaReweighter:
         self.correct_fn = correct_fn
         self.scaler = scaler
         self.order = order
-        self.hold_out = hold_out
         self.every = every
         self.warmup_steps = warmup_steps
         self.val_batch_size = val_batch_size
@@ -265,7 +267,7 @@ class MetaReweighter:
                 splitter = (LearnedSplitter() if splitter is None else splitter).to(device)
                 buffer = ValidationBuffer(buffer_size, buffer_bytes, seed, self._journal)
                 theta_optimizer = _optimizer_of(splitter, splitter_optimizer, splitter_lr)
-                self.holdout = HoldOut(splitter, theta_optimizer, buffer, val_fraction, seed, self._journal)
+                self.holdout = HoldOut(splitter, theta_optimizer, buffer, val_fraction, seed, hold_out, self._journal)
             else:
                 self.validation = FixedValidation(validation, device, seed)
         self._configuration = {
@@ -373,6 +375,11 @@ class MetaReweighter:
     def buffer(self) -> ValidationBuffer | None:
         """The splitter-managed validation buffer, or None with a fixed validation set."""
         return None if self.holdout is None else self.holdout.buffer
+
+    @property
+    def holding_out(self) -> bool:
+        """Whether validation instances are left out of training at present; never with a fixed validation set."""
+        return self.holdout is not None and self.holdout.holding_out
 
     @property
     def warming_up(self) -> bool:
@@ -500,19 +507,23 @@ class MetaReweighter:
         self._make_alike()
         _check_finite(losses.detach())
         samples = self._samples(call.arguments, outputs, targets, losses.detach(), _checked_indices(indices, losses))
-        meta = not self.warming_up and (self.steps - self.warmup_steps) % self.every == 0
+        due = (self.steps - self.warmup_steps) % self.every == 0
+        meta = due and not self.warming_up
         choice: Choice | None = None
         if self.holdout is not None:
             with self._aside(losses.device):
                 choice = self.holdout.choose(samples, self.warming_up)
         val_mask = torch.zeros(size, dtype=torch.bool, device=losses.device)
         training: Tensor | None = None
-        if choice is not None and choice.positions:
-            val_mask[choice.positions] = True
-            training = ~val_mask if self.hold_out else None
+        if self.holdout is not None and choice is not None:
+            val_mask[choice.validation] = True
+            if left_out := self.holdout.left_out(choice):
+                training = torch.ones_like(val_mask)
+                training[left_out] = False
         weights = self._weights(samples, training, graph=meta)
         if self.holdout is not None and choice is not None:
             self.holdout.put(samples, choice)
+            self.holdout.observe(samples, choice, self.steps, decide=due)
         weighted: _Weighted | None = None
         val_loss: Tensor | None = None
         if meta:

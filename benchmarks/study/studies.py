@@ -57,6 +57,16 @@ def molere(name: str, **arguments: Any) -> Method:
     return Method(f"MOLERE, {name}", "molere", arguments=arguments)
 
 
+def held_out(name: str, **arguments: Any) -> Method:
+    """MOLERE that leaves validation instances out of training all the time, as in the paper."""
+    return molere(name, hold_out=True, **arguments)
+
+
+HELD_OUT = held_out("held out")
+TRAINED_ON_TOO = molere("trained on too", hold_out=False)
+BOUNDED = held_out("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2)
+
+
 ORDERING = Study(
     "ordering",
     "Is easy < random < hard < MOLERE, and is it the weights or the rows? φ at 1e-2 moves in these few steps about as "
@@ -67,7 +77,8 @@ ORDERING = Study(
         *LRW.values(),
         *(method.control for method in LRW.values()),
         MOLERE,
-        molere("φ 1e-2", weighting_lr=1e-2),
+        HELD_OUT,
+        held_out("held out, φ 1e-2", weighting_lr=1e-2),
     ),
     margins=True,
     finding="Not held: easy < random < hard in accuracy. Plain training on the same rows shows where the loss comes "
@@ -89,12 +100,12 @@ SELECT = Study(
     ),
     (
         ERM,
-        MOLERE,
-        molere("trained on too", hold_out=False),
-        molere("expected error, φ 1e-2", expected_error=True, weighting_lr=1e-2),
-        molere("expected error, random, φ 1e-2", expected_error=True, splitter="random", weighting_lr=1e-2),
-        molere("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2),
-        molere("expected error, half random, φ 1e-3", expected_error=True, splitter="mixed", weighting_lr=1e-3),
+        HELD_OUT,
+        TRAINED_ON_TOO,
+        held_out("expected error, φ 1e-2", expected_error=True, weighting_lr=1e-2),
+        held_out("expected error, random, φ 1e-2", expected_error=True, splitter="random", weighting_lr=1e-2),
+        BOUNDED,
+        held_out("expected error, half random, φ 1e-3", expected_error=True, splitter="mixed", weighting_lr=1e-3),
     ),
     measures=("accuracy", "balanced_accuracy", "hard_third_by_margin", "nll"),
     on_test=False,
@@ -112,8 +123,6 @@ TRUSTED_BOUNDED = replace(
     name="LRW, trusted rows, expected error",
     arguments={**TRUSTED.arguments, "expected_error": True},
 )
-TRAINED_ON_TOO = molere("trained on too", hold_out=False)
-BOUNDED = molere("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2)
 
 NOISE = Study(
     "noise",
@@ -125,6 +134,9 @@ NOISE = Study(
         replace(FITTED, name="symmetric 20 %", labels="symmetric:0.2"),
         replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"),
         replace(FITTED, name="worst labels, 500 trusted", labels="label_worst", trusted=500),
+        replace(FITTED, name="aggregate labels, lr 0.006", labels="label_aggregate", lr=0.006),
+        replace(FITTED, name="worst labels, lr 0.006", labels="label_worst", lr=0.006),
+        replace(FITTED, name="symmetric 40 %, lr 0.006", labels="symmetric:0.4", lr=0.006),
     ),
     (
         ERM,
@@ -132,6 +144,7 @@ NOISE = Study(
         LRW["Hard"],
         LRW["Hard"].control,
         MOLERE,
+        HELD_OUT,
         TRAINED_ON_TOO,
         BOUNDED,
         TRUSTED,
@@ -156,22 +169,59 @@ IMBALANCE = Study(
         replace(FITTED, name="long tail 100", imbalance=100.0),
         replace(FITTED, name="long tail 100, 100 trusted", imbalance=100.0, trusted=100, trusted_by_class=True),
     ),
-    (ERM, LRW["Random"], LRW["Hard"], LRW["Hard"].control, MOLERE, TRAINED_ON_TOO, BOUNDED, TRUSTED, TRUSTED_BOUNDED),
+    (
+        ERM,
+        LRW["Random"],
+        LRW["Hard"],
+        LRW["Hard"].control,
+        MOLERE,
+        HELD_OUT,
+        TRAINED_ON_TOO,
+        BOUNDED,
+        TRUSTED,
+        TRUSTED_BOUNDED,
+    ),
     measures=("balanced_accuracy", "worst_class", "accuracy", "nll"),
 )
 
 RATES = (0.002, 0.006, 0.02)
+
+
+def at_rates(setting: Setting, rates: Sequence[float]) -> tuple[Setting, ...]:
+    """A setting at several learning rates of the classifier."""
+    return tuple(replace(setting, name=f"{setting.name}, lr {lr:g}", lr=lr) for lr in rates)
+
+
+SELECT_HOLD_OUT = Study(
+    "select-hold-out",
+    "When should validation instances be left out of training: always, never, or from the moment the classifier "
+    "overfits (the default, `hold_out='auto'`)?",
+    (
+        UNDERFITTED,
+        replace(UNDERFITTED, name="8 epochs", epochs=8),
+        *at_rates(replace(FITTED, name="clean"), RATES),
+        *at_rates(replace(FITTED, name="aggregate labels", labels="label_aggregate"), RATES[1:]),
+        *at_rates(replace(FITTED, name="worst labels", labels="label_worst"), RATES),
+        *at_rates(replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"), RATES[1:]),
+        *at_rates(replace(FITTED, name="long tail 100", imbalance=100.0), RATES[1:]),
+    ),
+    (ERM, HELD_OUT, TRAINED_ON_TOO, MOLERE),
+    seeds=3,
+    measures=("accuracy", "hard_third_by_margin", "nll", "train_accuracy"),
+    on_test=False,
+)
+
 SELECT_RATE = Study(
     "select-rate",
     "Which learning rate of the classifier serves plain training?",
     tuple(
-        replace(setting, name=f"{setting.name}, lr {lr:g}", lr=lr)
+        with_rate
         for setting in (
             FITTED,
             Setting("worst labels", labels="label_worst"),
             Setting("long tail 100", imbalance=100.0),
         )
-        for lr in RATES
+        for with_rate in at_rates(setting, RATES)
     ),
     (ERM,),
     seeds=2,
@@ -179,4 +229,4 @@ SELECT_RATE = Study(
     on_test=False,
 )
 
-STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SELECT, SELECT_RATE)}
+STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SELECT, SELECT_RATE, SELECT_HOLD_OUT)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ class Setting:
         imbalance: the first class keeps so many times the rows of the last.
         trusted: so many of the rows, chosen by the seed, carry their clean label for every method.
         trusted_by_class: as many of each class.
-        trusted_shifts: the trusted images carry one of these corruptions each, for every method.
+        trusted_shifts: the trusted images carry one of these kinds of corruption each, at one of its strengths, for
+            every method.
         hidden: units of the MLP; epochs, batch_size, lr, weight_decay: of SGD with momentum 0.9 and a cosine schedule.
     """
 
@@ -72,23 +74,35 @@ class Problem:
     evaluations: dict[str, tuple[Tensor, Tensor]]
 
 
-SHIFTS = ("noise", "blur", "contrast", "pixelate")
+SHIFTS: Mapping[str, tuple[float, ...]] = {
+    "noise": (12.5, 25.0, 50.0),  # standard deviation, in units of the uint8 pixels
+    "blur": (0.5, 1.0, 1.5),  # standard deviation, in pixels
+    "contrast": (0.3, 0.15, 0.05),  # what is left of it
+    "pixelate": (0.75, 0.5, 0.25),  # what is left of the resolution, by side
+}
+"""Kinds of corruption after Hendrycks and Dietterich (ICLR 2019), each with its strengths, the strongest last."""
 
 
-def shifted(pixels: Tensor, kind: str) -> Tensor:
-    """``(N, C, H, W)`` uint8 images made harder to see, in one of the ways of Hendrycks and Dietterich (ICLR 2019)."""
+def shifted(pixels: Tensor, kind: str, strength: int, seed: int = 0) -> Tensor:
+    """``(N, C, H, W)`` uint8 images made harder to see.
+
+    Args:
+        pixels: the images.
+        kind: one of :data:`SHIFTS`.
+        strength: from 1.
+        seed: of the noise.
+    """
+    amount = SHIFTS[kind][strength - 1]
     height, width = pixels.shape[2:]
     if kind == "noise":
-        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-        return (pixels + 25.0 * noise).clamp(0.0, 255.0).round().to(torch.uint8)
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
+        return (pixels + amount * noise).clamp(0.0, 255.0).round().to(torch.uint8)
     if kind == "blur":
-        return transforms.gaussian_blur(pixels, [5, 5], [1.0, 1.0])
+        return transforms.gaussian_blur(pixels, [7, 7], [amount, amount])
     if kind == "contrast":
-        return transforms.adjust_contrast(pixels, 0.3)
-    if kind == "pixelate":
-        small = transforms.resize(pixels, [height // 2, width // 2], antialias=True)
-        return transforms.resize(small, [height, width], InterpolationMode.NEAREST)
-    raise ValueError(f"kind must be one of {SHIFTS}, got {kind!r}")
+        return transforms.adjust_contrast(pixels, amount)
+    small = transforms.resize(pixels, [round(height * amount), round(width * amount)], antialias=True)
+    return transforms.resize(small, [height, width], InterpolationMode.NEAREST)
 
 
 class Corpus:
@@ -113,13 +127,19 @@ class Corpus:
         self.test = self.features.features(self.test_pixels), task.test.labels
         shuffled = np.random.default_rng(0).permutation(len(self.inputs))
         self.selection_rows, self.pool = np.sort(shuffled[:selection]), np.sort(shuffled[selection:])
+        self._shifted: dict[bool, dict[str, tuple[Tensor, Tensor]]] = {}
 
-    def evaluations(self, on_test: bool, shifts: tuple[str, ...] = ()) -> dict[str, tuple[Tensor, Tensor]]:
-        """The test set or the selection set, and shifted copies of it."""
+    def evaluations(self, on_test: bool, shifts: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """The test set or the selection set, and shifted copies of it, called ``noise_1`` and so on."""
         clean = torch.from_numpy(self.labels["label"])
         part = self.test if on_test else (self.inputs[self.selection_rows], clean[self.selection_rows])
-        pixels = self.test_pixels if on_test else self.pixels[self.selection_rows]
-        return {"clean": part} | {kind: (self.features.features(shifted(pixels, kind)), part[1]) for kind in shifts}
+        if shifts and on_test not in self._shifted:
+            pixels = self.test_pixels if on_test else self.pixels[self.selection_rows]
+            self._shifted[on_test] = {
+                f"{kind}_{strength}": (self.features.features(shifted(pixels, kind, strength)), part[1])
+                for kind, strength in _strengths(SHIFTS)
+            }
+        return {"clean": part} | (self._shifted[on_test] if shifts else {})
 
     def problem(self, setting: Setting, seed: int, on_test: bool) -> Problem:
         """The rows of one run: every seed draws its own from the pool, so that intervals cover the choice of data."""
@@ -137,18 +157,17 @@ class Corpus:
         labels = self._labels(setting.labels, source, seed)
         labels[trusted] = clean[trusted]
         inputs = self.inputs[source]
-        for kind, rows in zip(
-            setting.trusted_shifts, np.array_split(trusted, max(len(setting.trusted_shifts), 1)), strict=False
-        ):
-            inputs[rows] = self.features.features(shifted(self.pixels[source[rows]], kind))
-        shifts = SHIFTS if setting.trusted_shifts else ()
+        kinds = list(_strengths(setting.trusted_shifts))
+        for (kind, strength), rows in zip(kinds, np.array_split(trusted, max(len(kinds), 1)), strict=False):
+            # Another seed than the evaluation images' 0, for other noise.
+            inputs[rows] = self.features.features(shifted(self.pixels[source[rows]], kind, strength, seed + 1))
         return Problem(
             inputs,
             torch.from_numpy(labels),
             torch.from_numpy(clean),
             source,
             trusted,
-            self.evaluations(on_test, shifts),
+            self.evaluations(on_test, bool(setting.trusted_shifts)),
         )
 
     def _labels(self, name: str, source: Rows, seed: int) -> Rows:
@@ -162,6 +181,11 @@ class Corpus:
                 param_hint="--data",
             )
         return self.labels[name][source]
+
+
+def _strengths(kinds: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Each kind of corruption at each of its strengths."""
+    return ((kind, strength + 1) for kind in kinds for strength in range(len(SHIFTS[kind])))
 
 
 def _label_columns(options: DataOptions) -> dict[str, Rows]:

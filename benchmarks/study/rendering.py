@@ -30,7 +30,8 @@ NAMES = {
     "nll": "NLL",
     "ece": "ECE, %",
     "brier": "Brier",
-    **{f"accuracy_{kind}": f"{kind}, %" for kind in ("noise", "blur", "contrast", "pixelate")},
+    "accuracy_seen": "shifts seen, %",
+    "accuracy_unseen": "shifts unseen, %",
 }
 LEAST_SEEDS = 3
 """With fewer in a setting, its runs are stored but not reported."""
@@ -103,25 +104,28 @@ def _panel(axes: Axes, part: pd.DataFrame, setting: str, methods: Sequence[str],
 
 
 def figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path: Path) -> None:
-    """One panel for each setting."""
-    measure = chosen.measures[0]
+    """One panel for each setting, one row of them for each measure drawn."""
     present = set().union(*(set(part["method"]) for _, part in parts))
     methods = [method.name for method in chosen.methods if method.name in present and method.name != "ERM"]
     with plt.rc_context(STYLE):
         drawn, panels = plt.subplots(
-            1,
+            chosen.drawn,
             len(parts),
-            figsize=(2.6 + 2.4 * len(parts), 1.3 + 0.36 * len(methods)),
+            figsize=(2.6 + 2.4 * len(parts), 0.5 + chosen.drawn * (0.8 + 0.36 * len(methods))),
             sharey=True,
             squeeze=False,
             layout="constrained",
             dpi=150,
         )
-        for axes, (setting, part) in zip(panels[0], parts, strict=True):
-            _panel(axes, part, setting, methods, measure)
-        panels[0][0].set_yticks(range(len(methods)), methods)
-        panels[0][0].set_ylim(len(methods) - 0.5, -0.6)
-        drawn.supxlabel(f"{NAMES[measure]}: minus ERM, paired; 95 % interval, each seed small", fontsize=9)
+        for row, measure in zip(panels, chosen.measures, strict=False):
+            for axes, (setting, part) in zip(row, parts, strict=True):
+                _panel(axes, part, setting, methods, measure)
+            row[0].set_yticks(range(len(methods)), methods)
+            row[0].set_ylim(len(methods) - 0.5, -0.6)
+            if chosen.drawn > 1:
+                row[0].set_ylabel(NAMES[measure])
+        names = NAMES[chosen.measures[0]] if chosen.drawn == 1 else "each"
+        drawn.supxlabel(f"{names}: minus ERM, paired; 95 % interval, each seed small", fontsize=9)
         save(drawn, path)
 
 

@@ -19,7 +19,8 @@ class Study:
         question: what it asks.
         settings, methods: every one with every other, but trusted validation only where there are trusted rows.
         seeds: 0 to seeds − 1.
-        measures: columns of the table; the first is the one of the figure.
+        measures: columns of the table.
+        drawn: so many of them, the first, are in the figure.
         on_test: False for choices between variants, which go by the selection set.
         margins: whether the change of margin by bucket is drawn.
         finding: what came out, in words.
@@ -31,6 +32,7 @@ class Study:
     methods: Sequence[Method]
     seeds: int = 5
     measures: Sequence[str] = ("accuracy", "margin", "hard_third_by_margin", "easy_third_by_margin")
+    drawn: int = 1
     on_test: bool = True
     margins: bool = False
     finding: str = ""
@@ -160,6 +162,29 @@ IMBALANCE = Study(
     measures=("balanced_accuracy", "worst_class", "accuracy", "nll"),
 )
 
+SHIFT_RATES = (0.006, 0.02)
+SHIFT = Study(
+    "shift",
+    "Does validation on artificially hard examples teach to see through the same corruptions, or others? 500 of the "
+    "5,000 training rows carry two of four kinds, each at three strengths, for every method; learned reweighting "
+    "validates on them. Accuracy on the clean test set, and mean accuracy over the strengths on copies of it with the "
+    "kinds seen in validation and with those not.",
+    tuple(
+        Setting(f"{' and '.join(kinds)}, lr {lr:g}", lr=lr, trusted=500, trusted_shifts=kinds)
+        for kinds in (("noise", "blur"), ("contrast", "pixelate"))
+        for lr in SHIFT_RATES
+    ),
+    (
+        ERM,
+        MOLERE,
+        replace(TRUSTED, name="LRW, random rows, φ 1e-2", apart="random"),
+        replace(TRUSTED, name="LRW, shifted rows, φ 1e-2"),
+        replace(TRUSTED, name="LRW, shifted rows, φ 1e-4", arguments={**TRUSTED.arguments, "weighting_lr": 1e-4}),
+    ),
+    measures=("accuracy", "accuracy_seen", "accuracy_unseen"),
+    drawn=3,
+)
+
 RATES = (0.002, 0.006, 0.02)
 SELECT_RATE = Study(
     "select-rate",
@@ -179,4 +204,4 @@ SELECT_RATE = Study(
     on_test=False,
 )
 
-STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SELECT, SELECT_RATE)}
+STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SHIFT, SELECT, SELECT_RATE)}

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.results import write
 from benchmarks.study.measures import Reference, logits, measure
 from benchmarks.study.methods import Method, reweighter
-from benchmarks.study.problems import Corpus, Problem, Rows, Setting
+from benchmarks.study.problems import SHIFTS, Corpus, Problem, Rows, Setting
 from torch_molere import MetaReweighter, probabilistic_margin
 
 WARMUP = 0.25
@@ -107,7 +107,7 @@ class Laboratory:
         self.corpus = corpus
         self.on_test = on_test
         self.reference_setting = reference
-        self._references: dict[str, Reference] = {}
+        self._reference: Reference | None = None
         self._margins: dict[tuple[str, int], Tensor] = {}
         self._problem: tuple[tuple[Setting, int], Problem] | None = None
 
@@ -120,11 +120,13 @@ class Laboratory:
             self._keep_margins(setting, seed, trained.model, problem)
         numbers: dict[str, Any] = {"setting": setting.name, "method": method.name, "seed": seed}
         for name, (inputs, targets) in problem.evaluations.items():
-            found = measure(logits(trained.model, inputs), targets, self.reference(name, inputs, targets))
+            outputs = logits(trained.model, inputs)
             if name == "clean":
-                numbers |= found
+                numbers |= measure(outputs, targets, self.reference(inputs, targets))
             else:
-                numbers[f"accuracy_{name}"] = found["accuracy"]
+                numbers[f"accuracy_{name}"] = (outputs.argmax(dim=1) == targets).double().mean().item()
+        if setting.trusted_shifts:
+            numbers |= _seen_and_unseen(numbers, setting.trusted_shifts)
         fitted = logits(trained.model, problem.inputs[trained.rows])
         labels = problem.labels[trained.rows]
         numbers |= {
@@ -138,13 +140,13 @@ class Laboratory:
             raise FloatingPointError(f"{method.name} diverged in {setting.name}, seed {seed}")
         return numbers
 
-    def reference(self, name: str, inputs: Tensor, targets: Tensor) -> Reference:
-        """Hardness of the evaluation instances called ``name`` to a model trained on the whole pool."""
-        if name not in self._references:
+    def reference(self, inputs: Tensor, targets: Tensor) -> Reference:
+        """Hardness of the clean evaluation instances to a model trained on the whole pool."""
+        if self._reference is None:
             outputs = logits(self._reference_model(), inputs)
             losses = F.cross_entropy(outputs, targets, reduction="none")
-            self._references[name] = Reference(probabilistic_margin(outputs, targets), losses)
-        return self._references[name]
+            self._reference = Reference(probabilistic_margin(outputs, targets), losses)
+        return self._reference
 
     def _reference_model(self) -> nn.Module:
         """Trained once and kept beside the features."""
@@ -175,3 +177,12 @@ class Laboratory:
 
     def _keep_margins(self, setting: Setting, seed: int, model: nn.Module, problem: Problem) -> None:
         self._margins[setting.name, seed] = probabilistic_margin(logits(model, problem.inputs), problem.labels)
+
+
+def _seen_and_unseen(numbers: Mapping[str, Any], seen: Collection[str]) -> dict[str, float]:
+    """Mean accuracy, over strengths, on the kinds of shift among the trusted rows and on the others."""
+    found: dict[str, list[float]] = {"accuracy_seen": [], "accuracy_unseen": []}
+    for kind, strengths in SHIFTS.items():
+        part = found["accuracy_seen" if kind in seen else "accuracy_unseen"]
+        part += [numbers[f"accuracy_{kind}_{strength + 1}"] for strength in range(len(strengths))]
+    return {name: float(np.mean(values)) for name, values in found.items()}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from benchmarks.study.training import Laboratory
 CLASSES = 3
 TINY = Setting("tiny", rows=60, hidden=8, epochs=3, batch_size=16)
 OTHER = replace(TINY, name="wrong labels", labels="label_worst", trusted=9, trusted_by_class=True)
+SHIFTED = Setting("shift", rows=40, hidden=8, epochs=6, trusted=18, trusted_shifts=("noise", "blur"))
 METHODS = (ERM, LRW["Hard"], LRW["Hard"].control, MOLERE, Method("LRW, trusted", "fixed", "trusted", False))
 STUDY = studies.Study("tiny", "Does it run?", (TINY, OTHER), METHODS, seeds=3, margins=True)
 
@@ -89,16 +91,40 @@ def test_problems_keep_their_rows_apart_and_know_the_truth(corpus):
 
 
 def test_shifted_images_are_used_where_the_setting_says(corpus):
-    setting = Setting("shift", rows=40, trusted=8, trusted_shifts=("noise", "blur"))
-    problem = corpus.problem(setting, 0, on_test=True)
-    assert list(problem.evaluations) == ["clean", *SHIFTS]
+    problem = corpus.problem(SHIFTED, 0, on_test=True)
+    assert list(problem.evaluations) == ["clean", *(f"{kind}_{strength}" for kind in SHIFTS for strength in (1, 2, 3))]
     changed = (problem.inputs != corpus.inputs[problem.source]).any(dim=1)
     assert changed.nonzero().squeeze(1).tolist() == problem.trusted.tolist()
-    for kind in SHIFTS:
-        pixels = shifted(corpus.test_pixels, kind)
-        assert pixels.shape == corpus.test_pixels.shape and pixels.dtype == torch.uint8
-        assert not torch.equal(pixels, corpus.test_pixels)
-    assert torch.equal(shifted(corpus.test_pixels, "noise"), shifted(corpus.test_pixels, "noise"))
+    pixels = corpus.pixels[problem.source]
+    kinds = [("noise", 1), ("noise", 2), ("noise", 3), ("blur", 1), ("blur", 2), ("blur", 3)]
+    for (kind, strength), rows in zip(kinds, np.array_split(problem.trusted, 6), strict=True):
+        expected = corpus.features.features(shifted(pixels[rows], kind, strength, seed=1))
+        torch.testing.assert_close(problem.inputs[rows], expected, rtol=0, atol=0)
+    inputs, targets = problem.evaluations["blur_3"]
+    assert torch.equal(inputs, corpus.features.features(shifted(corpus.test_pixels, "blur", 3)))
+    assert torch.equal(targets, corpus.test[1])
+
+
+@pytest.mark.parametrize("kind", SHIFTS)
+def test_a_stronger_shift_is_farther_from_the_image(corpus, kind):
+    pixels = corpus.test_pixels
+    strengths = [shifted(pixels, kind, strength + 1) for strength in range(len(SHIFTS[kind]))]
+    distances = [(image.float() - pixels).square().mean(dim=(1, 2, 3)) for image in strengths]
+    assert all(image.shape == pixels.shape and image.dtype == torch.uint8 for image in strengths)
+    assert len(distances) == 3 and (distances[0] > 0).all()
+    assert all((weaker < stronger).all() for weaker, stronger in pairwise(distances))
+    assert torch.equal(shifted(pixels, kind, 2), strengths[1])
+
+
+def test_seen_and_unseen_are_the_means_over_what_validation_holds_and_does_not(laboratory):
+    row = laboratory.run(SHIFTED, MOLERE, 0)
+    accuracy = {kind: [row[f"accuracy_{kind}_{strength}"] for strength in (1, 2, 3)] for kind in SHIFTS}
+    assert len({value for values in accuracy.values() for value in values}) > 3
+    assert row["accuracy_seen"] == pytest.approx(np.mean(accuracy["noise"] + accuracy["blur"]))
+    assert row["accuracy_unseen"] == pytest.approx(np.mean(accuracy["contrast"] + accuracy["pixelate"]))
+    other = laboratory.run(replace(SHIFTED, trusted_shifts=("contrast",)), ERM, 0)
+    assert other["accuracy_seen"] == pytest.approx(np.mean([other[f"accuracy_contrast_{s}"] for s in (1, 2, 3)]))
+    assert "accuracy_seen" not in laboratory.run(TINY, ERM, 0)
 
 
 def test_measures_agree_with_other_libraries():

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 import typer
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from benchmarks import datasets, sampling
-from benchmarks.batches import TensorImages
+from benchmarks.batches import Normalisation, TensorImages
 from benchmarks.datasets import DataOptions
 from benchmarks.features import FeatureCache, PatchOptions
 
@@ -37,6 +38,8 @@ class Setting:
         trusted_by_class: as many of each class.
         trusted_shifts: the trusted images carry one of these kinds of corruption each, at one of its strengths, for
             every method.
+        model: ``mlp`` is on the features, any other of :mod:`benchmarks.models` on the images themselves.
+        side: such images are averaged down to so many pixels by side; None leaves them as they are.
         hidden: units of the MLP; epochs, batch_size, lr, weight_decay: of SGD with momentum 0.9 and a cosine schedule.
     """
 
@@ -47,6 +50,8 @@ class Setting:
     trusted: int = 0
     trusted_by_class: bool = False
     trusted_shifts: tuple[str, ...] = ()
+    model: str = "mlp"
+    side: int | None = None
     hidden: int = 256
     epochs: int = 15
     batch_size: int = 64
@@ -59,11 +64,11 @@ class Problem:
     """What one run trains on and is judged by.
 
     Attributes:
-        inputs, labels: ``(N, D)`` and ``(N,)``, to train on.
+        inputs, labels: ``(N, D)`` features or ``(N, C, H, W)`` images, and ``(N,)``, to train on.
         clean: ``(N,)`` true classes, which no method sees.
         source: ``(N,)`` the rows' numbers in the training file.
         trusted: positions among the N.
-        evaluations: inputs ``(M, D)`` and true classes ``(M,)`` by name; the first is the main one.
+        evaluations: ``M`` inputs and true classes ``(M,)`` by name; the first is the main one.
     """
 
     inputs: Tensor
@@ -127,19 +132,33 @@ class Corpus:
         self.test = self.features.features(self.test_pixels), task.test.labels
         shuffled = np.random.default_rng(0).permutation(len(self.inputs))
         self.selection_rows, self.pool = np.sort(shuffled[:selection]), np.sort(shuffled[selection:])
-        self._shifted: dict[bool, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._normalisation = Normalisation.of(self.pixels)
+        self._evaluations: dict[tuple[bool, str, int | None, bool], dict[str, tuple[Tensor, Tensor]]] = {}
 
-    def evaluations(self, on_test: bool, shifts: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-        """The test set or the selection set, and shifted copies of it, called ``noise_1`` and so on."""
+    def judged(self, on_test: bool) -> tuple[Tensor, Tensor]:
+        """Features and true classes of the test set or the selection set."""
         clean = torch.from_numpy(self.labels["label"])
-        part = self.test if on_test else (self.inputs[self.selection_rows], clean[self.selection_rows])
-        if shifts and on_test not in self._shifted:
+        return self.test if on_test else (self.inputs[self.selection_rows], clean[self.selection_rows])
+
+    def encoded(self, setting: Setting, pixels: Tensor) -> Tensor:
+        """Uint8 images as the setting's classifier takes them."""
+        if setting.model == "mlp":
+            return self.features.features(pixels)
+        images = self._normalisation(pixels)
+        return images if setting.side is None else F.adaptive_avg_pool2d(images, setting.side)
+
+    def evaluations(self, setting: Setting, on_test: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """The test set or the selection set, and, for a setting with shifts, shifted copies: ``noise_1`` and so on."""
+        key = on_test, setting.model, setting.side, bool(setting.trusted_shifts)
+        if key not in self._evaluations:
+            features, targets = self.judged(on_test)
             pixels = self.test_pixels if on_test else self.pixels[self.selection_rows]
-            self._shifted[on_test] = {
-                f"{kind}_{strength}": (self.features.features(shifted(pixels, kind, strength)), part[1])
-                for kind, strength in _strengths(SHIFTS)
+            inputs = features if setting.model == "mlp" else self.encoded(setting, pixels)
+            self._evaluations[key] = {"clean": (inputs, targets)} | {
+                f"{kind}_{strength}": (self.encoded(setting, shifted(pixels, kind, strength)), targets)
+                for kind, strength in _strengths(SHIFTS if setting.trusted_shifts else ())
             }
-        return {"clean": part} | (self._shifted[on_test] if shifts else {})
+        return self._evaluations[key]
 
     def problem(self, setting: Setting, seed: int, on_test: bool) -> Problem:
         """The rows of one run: every seed draws its own from the pool, so that intervals cover the choice of data."""
@@ -156,18 +175,18 @@ class Corpus:
         trusted = np.sort(trusted[: setting.trusted])
         labels = self._labels(setting.labels, source, seed)
         labels[trusted] = clean[trusted]
-        inputs = self.inputs[source]
+        inputs = self.inputs[source] if setting.model == "mlp" else self.encoded(setting, self.pixels[source])
         kinds = list(_strengths(setting.trusted_shifts))
         for (kind, strength), rows in zip(kinds, np.array_split(trusted, max(len(kinds), 1)), strict=False):
             # Another seed than the evaluation images' 0, for other noise.
-            inputs[rows] = self.features.features(shifted(self.pixels[source[rows]], kind, strength, seed + 1))
+            inputs[rows] = self.encoded(setting, shifted(self.pixels[source[rows]], kind, strength, seed + 1))
         return Problem(
             inputs,
             torch.from_numpy(labels),
             torch.from_numpy(clean),
             source,
             trusted,
-            self.evaluations(on_test, bool(setting.trusted_shifts)),
+            self.evaluations(setting, on_test),
         )
 
     def _labels(self, name: str, source: Rows, seed: int) -> Rows:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from benchmarks.figures import STYLE, save
 from benchmarks.results import Interval, interval, write
 from benchmarks.study import people
+from benchmarks.study.problems import Setting
 from benchmarks.study.store import Stored
 from benchmarks.study.studies import STUDIES, Study
 
@@ -155,6 +156,12 @@ def margin_figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path
         save(drawn, path)
 
 
+def _model(setting: Setting) -> str:
+    if setting.model == "mlp":
+        return f"MLP {setting.hidden}"
+    return setting.model if setting.side is None else f"{setting.model} on {setting.side}×{setting.side} pixels"
+
+
 def section(chosen: Study, folder: Path) -> str:
     """A study's part of the README, its figures drawn; empty if nothing can be reported."""
     stored = Stored(folder)
@@ -174,7 +181,7 @@ def section(chosen: Study, folder: Path) -> str:
         first = next(s for s in chosen.settings if s.name == setting)
         erm = part[part["method"] == "ERM"]
         text += (
-            f"**{setting}**: {erm['train_rows'].iloc[0]:,} rows, MLP {first.hidden}, {first.epochs} epochs, "
+            f"**{setting}**: {erm['train_rows'].iloc[0]:,} rows, {_model(first)}, {first.epochs} epochs, "
             f"{100 * erm['label_errors'].mean():.1f} % wrong labels; ERM fits "
             f"{100 * erm['train_accuracy'].mean():.1f} % of them; {part['seed'].nunique()} seeds.\n\n"
             f"{table(part, chosen)}\n"
@@ -213,11 +220,12 @@ HEAD = """# Results
 
 Rendered from the stored files by `python -m benchmarks.study render`; do not edit by hand.
 
-Everyone trains an MLP on fixed k-means features with SGD, with the same budget, initialisation and order of data for
-one seed; every seed draws its own training rows, so that intervals (95 %, Student's t) cover the choice of data. Rows
-of a table after ERM's are **differences from ERM with the same seed**, bold where the interval leaves zero out. Nothing
-is tuned on the test set: choices between variants were made by the studies whose names begin with `select`, on rows
-held out of the training set. Hard and easy thirds are those of another model, trained on four times as many rows.
+Everyone trains an MLP on fixed k-means features (in `architecture` another model, on the images themselves) with SGD,
+with the same budget, initialisation and order of data for one seed; every seed draws its own training rows, so that
+intervals (95 %, Student's t) cover the choice of data. Rows of a table after ERM's are **differences from ERM with the
+same seed**, bold where the interval leaves zero out. Nothing is tuned on the test set: choices between variants were
+made by the studies whose names begin with `select`, on rows held out of the training set. Hard and easy thirds are
+those of another model, trained on four times as many rows.
 
 """
 

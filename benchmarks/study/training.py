@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import models
 from benchmarks.results import write
 from benchmarks.study.measures import Reference, logits, measure
 from benchmarks.study.methods import Method, reweighter
@@ -25,9 +26,13 @@ WARMUP = 0.25
 """Of the steps, as in the paper."""
 
 
-def classifier(inputs: int, hidden: int, classes: int) -> nn.Module:
-    """The MLP on the features."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+def classifier(setting: Setting, inputs: Tensor, classes: int) -> nn.Module:
+    """The setting's model of such inputs: the MLP on features, or another on images."""
+    if setting.model != "mlp":
+        channels, height, width = inputs.shape[1:]
+        return models.build(setting.model, (channels, height, width), classes)
+    hidden = setting.hidden
+    return nn.Sequential(nn.Linear(inputs.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
 def passes(rows: Rows, epochs: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -62,7 +67,7 @@ def train(
     everything = np.arange(len(problem.labels))
     rows = np.setdiff1d(everything, apart) if method.held_out else everything
     torch.manual_seed(seed)
-    model = classifier(problem.inputs.shape[1], setting.hidden, classes)
+    model = classifier(setting, problem.inputs, classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay)
     steps = setting.epochs * -(-len(rows) // setting.batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -122,7 +127,7 @@ class Laboratory:
         for name, (inputs, targets) in problem.evaluations.items():
             outputs = logits(trained.model, inputs)
             if name == "clean":
-                numbers |= measure(outputs, targets, self.reference(inputs, targets))
+                numbers |= measure(outputs, targets, self.reference)
             else:
                 numbers[f"accuracy_{name}"] = (outputs.argmax(dim=1) == targets).double().mean().item()
         if setting.trusted_shifts:
@@ -140,9 +145,11 @@ class Laboratory:
             raise FloatingPointError(f"{method.name} diverged in {setting.name}, seed {seed}")
         return numbers
 
-    def reference(self, inputs: Tensor, targets: Tensor) -> Reference:
-        """Hardness of the clean evaluation instances to a model trained on the whole pool."""
+    @property
+    def reference(self) -> Reference:
+        """Hardness of the clean evaluation instances to a model trained on the whole pool's features."""
         if self._reference is None:
+            inputs, targets = self.corpus.judged(self.on_test)
             outputs = logits(self._reference_model(), inputs)
             losses = F.cross_entropy(outputs, targets, reduction="none")
             self._reference = Reference(probabilistic_margin(outputs, targets), losses)
@@ -153,7 +160,7 @@ class Laboratory:
         setting, features = self.reference_setting, self.corpus.features
         key = hashlib.blake2b(f"{setting} {features.source} {len(self.corpus.pool)}".encode(), digest_size=12)
         path = features.folder / f"reference-{key.hexdigest()}.pt"
-        model = classifier(self.corpus.inputs.shape[1], setting.hidden, self.corpus.classes)
+        model = classifier(setting, self.corpus.inputs, self.corpus.classes)
         if not path.exists():
             problem = self.corpus.problem(setting, self.REFERENCE_SEED, self.on_test)
             trained = train(setting, Method("ERM"), problem, self.corpus.classes, self.REFERENCE_SEED)

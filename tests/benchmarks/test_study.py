@@ -127,6 +127,34 @@ def test_seen_and_unseen_are_the_means_over_what_validation_holds_and_does_not(l
     assert "accuracy_seen" not in laboratory.run(TINY, ERM, 0)
 
 
+@pytest.mark.parametrize("name", ["conv", "resnet20", "vit"])
+def test_other_models_train_on_the_images_themselves(corpus, laboratory, name):
+    setting = replace(TINY, name=name, model=name, lr=0.05)
+    problem = corpus.problem(setting, 0, on_test=True)
+    pixels = corpus.pixels[problem.source].double()
+    channels = corpus.pixels.double().transpose(0, 1).flatten(1)
+    mean, std = channels.mean(dim=1), channels.std(dim=1)
+    expected = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(problem.inputs.double(), expected, rtol=1e-3, atol=1e-3)
+    half = corpus.problem(replace(setting, side=4), 0, on_test=True)
+    torch.testing.assert_close(half.inputs, F.avg_pool2d(problem.inputs, 2))
+    assert half.evaluations["clean"][0].shape == (50, 3, 4, 4)
+    plain, weighed = (laboratory.run(setting, method, 0) for method in (ERM, MOLERE))
+    assert plain["accuracy"] != weighed["accuracy"] or plain["nll"] != weighed["nll"]
+    # How hard a test instance is does not depend on who is judged.
+    on_features = laboratory.run(TINY, ERM, 0)
+    assert all(plain[f"count_bucket_{b}"] == on_features[f"count_bucket_{b}"] for b in range(10))
+
+
+def test_shifted_images_reach_a_model_on_images(corpus):
+    setting = replace(SHIFTED, model="conv")
+    problem, plain = (corpus.problem(s, 0, on_test=True) for s in (setting, replace(setting, trusted_shifts=())))
+    changed = (problem.inputs != plain.inputs).flatten(1).any(dim=1)
+    assert changed.nonzero().squeeze(1).tolist() == problem.trusted.tolist()
+    inputs = problem.evaluations["contrast_3"][0]
+    assert inputs.shape == (50, 3, 8, 8) and inputs.std() < 0.5 * plain.evaluations["clean"][0].std()
+
+
 def test_measures_agree_with_other_libraries():
     generator = torch.Generator().manual_seed(0)
     outputs, targets = torch.randn(300, 4, generator=generator), torch.randint(4, (300,), generator=generator)
@@ -207,6 +235,18 @@ def test_a_folder_refuses_another_configuration_but_may_grow(finished):
     assert "new" in json.loads(finished.config.read_text())["settings"]
     with pytest.raises(typer.BadParameter, match="settings 'tiny'"):
         finished.start(config | described([replace(TINY, epochs=4)], METHODS))
+
+
+def test_runs_from_before_an_attribute_of_settings_had_its_default(tmp_path):
+    stored = Stored(tmp_path)
+    config = {"data": {}, **described([TINY], [ERM])}
+    older = json.loads(json.dumps(config))
+    del older["settings"]["tiny"]["model"]
+    stored.config.write_text(json.dumps(older))
+    with pytest.raises(typer.BadParameter, match="settings 'tiny'"):
+        stored.start(config | described([replace(TINY, model="conv")], [ERM]))
+    stored.start(config)
+    assert json.loads(stored.config.read_text())["settings"]["tiny"]["model"] == "mlp"
 
 
 def test_the_page_follows_from_the_runs(finished, monkeypatch):

@@ -183,10 +183,19 @@ SHIFT = Study(
     ),
     measures=("accuracy", "accuracy_seen", "accuracy_unseen"),
     drawn=3,
+    finding="Not shown: any gain from validating on shifted rows. Training on them is what helps: plain training has "
+    "43 to 45 % on noise and blur where 500 rows carry those, and 28 % where they carry the other two; 51 % and 42 % "
+    "on contrast and pixelation. Learned reweighting against the shifted rows changes nothing that could be measured "
+    "at φ's default rate of 1e-4, and at 1e-2 loses on clean images and, more, on the very kinds it validates on. "
+    "Random rows at that rate lose as well; shifted ones lose less on the kinds seen in one setting (noise and blur, "
+    "lr 0.02), more in another (contrast and pixelation, lr 0.006), and are not clearly different in two. MOLERE, "
+    "which holds hard rows out, loses on the kinds seen in three settings of four, and on the unseen ones nothing "
+    "clear. Contrast says little here: the features' patches are contrast-normalised, and its two weaker strengths "
+    "cost at most two points.",
 )
 
-MODELS = {"conv": 0.05, "resnet20": 0.05, "vit": 0.05}
-"""The classifiers on images, with the learning rate that serves plain training (`select-architecture`)."""
+MODELS = {"conv": 0.02, "resnet20": 0.05, "vit": 0.02}
+"""The classifiers on images, with the learning rate best for plain training (`select-architecture`, one seed)."""
 ON_IMAGES = Setting("on images", rows=2_000, side=16, epochs=8)
 ARCHITECTURE = Study(
     "architecture",
@@ -208,7 +217,7 @@ SELECT_ARCHITECTURE = Study(
     tuple(
         replace(ON_IMAGES, name=f"{model}, lr {lr:g}", model=model, lr=lr)
         for model in MODELS
-        for lr in (0.02, 0.05, 0.1)
+        for lr in (0.006, 0.02, 0.05, 0.1)
     ),
     (ERM,),
     seeds=1,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 import typer
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 
 class MLP(nn.Sequential):
@@ -130,6 +131,19 @@ class WideResNet(nn.Sequential):
         _initialise_convolutions(self)
 
 
+def _small_vit(side: int, num_classes: int) -> nn.Module:
+    """A pre-norm ViT (Dosovitskiy et al. 2021) of four layers on patches of 4×4 pixels: ``(B, 3, H, H) -> (B, C)``."""
+    return VisionTransformer(
+        image_size=side,
+        patch_size=4,
+        num_layers=4,
+        num_heads=3,
+        hidden_dim=96,
+        mlp_dim=192,
+        num_classes=num_classes,
+    )
+
+
 def _initialise_convolutions(model: nn.Module) -> None:
     """He initialisation by fan-out, as both ResNet papers' own code does."""
     for module in model.modules():
@@ -160,6 +174,7 @@ _BUILDERS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "conv": lambda shape, classes: ConvNet(shape[0], classes),
     "resnet20": lambda shape, classes: ResNet(20, shape[0], classes),
     "resnet32": lambda shape, classes: ResNet(32, shape[0], classes),
+    "vit": lambda shape, classes: _small_vit(shape[1], classes),
     "wrn-28-10": lambda shape, classes: WideResNet(28, 10, shape[0], classes),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 import typer
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,7 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from benchmarks import datasets, sampling
-from benchmarks.batches import TensorImages
+from benchmarks.batches import Normalisation, TensorImages
 from benchmarks.datasets import DataOptions
 from benchmarks.features import FeatureCache, PatchOptions
 
@@ -34,7 +36,10 @@ class Setting:
         imbalance: the first class keeps so many times the rows of the last.
         trusted: so many of the rows, chosen by the seed, carry their clean label for every method.
         trusted_by_class: as many of each class.
-        trusted_shifts: the trusted images carry one of these corruptions each, for every method.
+        trusted_shifts: the trusted images carry one of these kinds of corruption each, at one of its strengths, for
+            every method.
+        model: ``mlp`` is on the features, any other of :mod:`benchmarks.models` on the images themselves.
+        side: such images are averaged down to so many pixels by side; None leaves them as they are.
         hidden: units of the MLP; epochs, batch_size, lr, weight_decay: of SGD with momentum 0.9 and a cosine schedule.
     """
 
@@ -45,6 +50,8 @@ class Setting:
     trusted: int = 0
     trusted_by_class: bool = False
     trusted_shifts: tuple[str, ...] = ()
+    model: str = "mlp"
+    side: int | None = None
     hidden: int = 256
     epochs: int = 15
     batch_size: int = 64
@@ -57,11 +64,11 @@ class Problem:
     """What one run trains on and is judged by.
 
     Attributes:
-        inputs, labels: ``(N, D)`` and ``(N,)``, to train on.
+        inputs, labels: ``(N, D)`` features or ``(N, C, H, W)`` images, and ``(N,)``, to train on.
         clean: ``(N,)`` true classes, which no method sees.
         source: ``(N,)`` the rows' numbers in the training file.
         trusted: positions among the N.
-        evaluations: inputs ``(M, D)`` and true classes ``(M,)`` by name; the first is the main one.
+        evaluations: ``M`` inputs and true classes ``(M,)`` by name; the first is the main one.
     """
 
     inputs: Tensor
@@ -72,23 +79,35 @@ class Problem:
     evaluations: dict[str, tuple[Tensor, Tensor]]
 
 
-SHIFTS = ("noise", "blur", "contrast", "pixelate")
+SHIFTS: Mapping[str, tuple[float, ...]] = {
+    "noise": (12.5, 25.0, 50.0),  # standard deviation, in units of the uint8 pixels
+    "blur": (0.5, 1.0, 1.5),  # standard deviation, in pixels
+    "contrast": (0.3, 0.15, 0.05),  # what is left of it
+    "pixelate": (0.75, 0.5, 0.25),  # what is left of the resolution, by side
+}
+"""Kinds of corruption after Hendrycks and Dietterich (ICLR 2019), each with its strengths, the strongest last."""
 
 
-def shifted(pixels: Tensor, kind: str) -> Tensor:
-    """``(N, C, H, W)`` uint8 images made harder to see, in one of the ways of Hendrycks and Dietterich (ICLR 2019)."""
+def shifted(pixels: Tensor, kind: str, strength: int, seed: int = 0) -> Tensor:
+    """``(N, C, H, W)`` uint8 images made harder to see.
+
+    Args:
+        pixels: the images.
+        kind: one of :data:`SHIFTS`.
+        strength: from 1.
+        seed: of the noise.
+    """
+    amount = SHIFTS[kind][strength - 1]
     height, width = pixels.shape[2:]
     if kind == "noise":
-        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-        return (pixels + 25.0 * noise).clamp(0.0, 255.0).round().to(torch.uint8)
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
+        return (pixels + amount * noise).clamp(0.0, 255.0).round().to(torch.uint8)
     if kind == "blur":
-        return transforms.gaussian_blur(pixels, [5, 5], [1.0, 1.0])
+        return transforms.gaussian_blur(pixels, [7, 7], [amount, amount])
     if kind == "contrast":
-        return transforms.adjust_contrast(pixels, 0.3)
-    if kind == "pixelate":
-        small = transforms.resize(pixels, [height // 2, width // 2], antialias=True)
-        return transforms.resize(small, [height, width], InterpolationMode.NEAREST)
-    raise ValueError(f"kind must be one of {SHIFTS}, got {kind!r}")
+        return transforms.adjust_contrast(pixels, amount)
+    small = transforms.resize(pixels, [round(height * amount), round(width * amount)], antialias=True)
+    return transforms.resize(small, [height, width], InterpolationMode.NEAREST)
 
 
 class Corpus:
@@ -113,13 +132,33 @@ class Corpus:
         self.test = self.features.features(self.test_pixels), task.test.labels
         shuffled = np.random.default_rng(0).permutation(len(self.inputs))
         self.selection_rows, self.pool = np.sort(shuffled[:selection]), np.sort(shuffled[selection:])
+        self._normalisation = Normalisation.of(self.pixels)
+        self._evaluations: dict[tuple[bool, str, int | None, bool], dict[str, tuple[Tensor, Tensor]]] = {}
 
-    def evaluations(self, on_test: bool, shifts: tuple[str, ...] = ()) -> dict[str, tuple[Tensor, Tensor]]:
-        """The test set or the selection set, and shifted copies of it."""
+    def judged(self, on_test: bool) -> tuple[Tensor, Tensor]:
+        """Features and true classes of the test set or the selection set."""
         clean = torch.from_numpy(self.labels["label"])
-        part = self.test if on_test else (self.inputs[self.selection_rows], clean[self.selection_rows])
-        pixels = self.test_pixels if on_test else self.pixels[self.selection_rows]
-        return {"clean": part} | {kind: (self.features.features(shifted(pixels, kind)), part[1]) for kind in shifts}
+        return self.test if on_test else (self.inputs[self.selection_rows], clean[self.selection_rows])
+
+    def encoded(self, setting: Setting, pixels: Tensor) -> Tensor:
+        """Uint8 images as the setting's classifier takes them."""
+        if setting.model == "mlp":
+            return self.features.features(pixels)
+        images = self._normalisation(pixels)
+        return images if setting.side is None else F.adaptive_avg_pool2d(images, setting.side)
+
+    def evaluations(self, setting: Setting, on_test: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """The test set or the selection set, and, for a setting with shifts, shifted copies: ``noise_1`` and so on."""
+        key = on_test, setting.model, setting.side, bool(setting.trusted_shifts)
+        if key not in self._evaluations:
+            features, targets = self.judged(on_test)
+            pixels = self.test_pixels if on_test else self.pixels[self.selection_rows]
+            inputs = features if setting.model == "mlp" else self.encoded(setting, pixels)
+            self._evaluations[key] = {"clean": (inputs, targets)} | {
+                f"{kind}_{strength}": (self.encoded(setting, shifted(pixels, kind, strength)), targets)
+                for kind, strength in _strengths(SHIFTS if setting.trusted_shifts else ())
+            }
+        return self._evaluations[key]
 
     def problem(self, setting: Setting, seed: int, on_test: bool) -> Problem:
         """The rows of one run: every seed draws its own from the pool, so that intervals cover the choice of data."""
@@ -136,19 +175,18 @@ class Corpus:
         trusted = np.sort(trusted[: setting.trusted])
         labels = self._labels(setting.labels, source, seed)
         labels[trusted] = clean[trusted]
-        inputs = self.inputs[source]
-        for kind, rows in zip(
-            setting.trusted_shifts, np.array_split(trusted, max(len(setting.trusted_shifts), 1)), strict=False
-        ):
-            inputs[rows] = self.features.features(shifted(self.pixels[source[rows]], kind))
-        shifts = SHIFTS if setting.trusted_shifts else ()
+        inputs = self.inputs[source] if setting.model == "mlp" else self.encoded(setting, self.pixels[source])
+        kinds = list(_strengths(setting.trusted_shifts))
+        for (kind, strength), rows in zip(kinds, np.array_split(trusted, max(len(kinds), 1)), strict=False):
+            # Another seed than the evaluation images' 0, for other noise.
+            inputs[rows] = self.encoded(setting, shifted(self.pixels[source[rows]], kind, strength, seed + 1))
         return Problem(
             inputs,
             torch.from_numpy(labels),
             torch.from_numpy(clean),
             source,
             trusted,
-            self.evaluations(on_test, shifts),
+            self.evaluations(setting, on_test),
         )
 
     def _labels(self, name: str, source: Rows, seed: int) -> Rows:
@@ -162,6 +200,11 @@ class Corpus:
                 param_hint="--data",
             )
         return self.labels[name][source]
+
+
+def _strengths(kinds: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Each kind of corruption at each of its strengths."""
+    return ((kind, strength + 1) for kind in kinds for strength in range(len(SHIFTS[kind])))
 
 
 def _label_columns(options: DataOptions) -> dict[str, Rows]:

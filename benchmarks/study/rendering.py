@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from benchmarks.figures import STYLE, save
 from benchmarks.results import Interval, interval, write
 from benchmarks.study import people
+from benchmarks.study.problems import Setting
 from benchmarks.study.store import Stored
 from benchmarks.study.studies import STUDIES, Study
 
@@ -30,7 +31,8 @@ NAMES = {
     "nll": "NLL",
     "ece": "ECE, %",
     "brier": "Brier",
-    **{f"accuracy_{kind}": f"{kind}, %" for kind in ("noise", "blur", "contrast", "pixelate")},
+    "accuracy_seen": "shifts seen, %",
+    "accuracy_unseen": "shifts unseen, %",
 }
 LEAST_SEEDS = 3
 """With fewer in a setting, its runs are stored but not reported."""
@@ -103,25 +105,28 @@ def _panel(axes: Axes, part: pd.DataFrame, setting: str, methods: Sequence[str],
 
 
 def figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path: Path) -> None:
-    """One panel for each setting."""
-    measure = chosen.measures[0]
+    """One panel for each setting, one row of them for each measure drawn."""
     present = set().union(*(set(part["method"]) for _, part in parts))
     methods = [method.name for method in chosen.methods if method.name in present and method.name != "ERM"]
     with plt.rc_context(STYLE):
         drawn, panels = plt.subplots(
-            1,
+            chosen.drawn,
             len(parts),
-            figsize=(2.6 + 2.4 * len(parts), 1.3 + 0.36 * len(methods)),
+            figsize=(2.6 + 2.4 * len(parts), 0.5 + chosen.drawn * (0.8 + 0.36 * len(methods))),
             sharey=True,
             squeeze=False,
             layout="constrained",
             dpi=150,
         )
-        for axes, (setting, part) in zip(panels[0], parts, strict=True):
-            _panel(axes, part, setting, methods, measure)
-        panels[0][0].set_yticks(range(len(methods)), methods)
-        panels[0][0].set_ylim(len(methods) - 0.5, -0.6)
-        drawn.supxlabel(f"{NAMES[measure]}: minus ERM, paired; 95 % interval, each seed small", fontsize=9)
+        for row, measure in zip(panels, chosen.measures, strict=False):
+            for axes, (setting, part) in zip(row, parts, strict=True):
+                _panel(axes, part, setting, methods, measure)
+            row[0].set_yticks(range(len(methods)), methods)
+            row[0].set_ylim(len(methods) - 0.5, -0.6)
+            if chosen.drawn > 1:
+                row[0].set_ylabel(NAMES[measure])
+        names = NAMES[chosen.measures[0]] if chosen.drawn == 1 else "each"
+        drawn.supxlabel(f"{names}: minus ERM, paired; 95 % interval, each seed small", fontsize=9)
         save(drawn, path)
 
 
@@ -151,6 +156,12 @@ def margin_figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path
         save(drawn, path)
 
 
+def _model(setting: Setting) -> str:
+    if setting.model == "mlp":
+        return f"MLP {setting.hidden}"
+    return setting.model if setting.side is None else f"{setting.model} on {setting.side}×{setting.side} pixels"
+
+
 def section(chosen: Study, folder: Path) -> str:
     """A study's part of the README, its figures drawn; empty if nothing can be reported."""
     stored = Stored(folder)
@@ -170,7 +181,7 @@ def section(chosen: Study, folder: Path) -> str:
         first = next(s for s in chosen.settings if s.name == setting)
         erm = part[part["method"] == "ERM"]
         text += (
-            f"**{setting}**: {erm['train_rows'].iloc[0]:,} rows, MLP {first.hidden}, {first.epochs} epochs, "
+            f"**{setting}**: {erm['train_rows'].iloc[0]:,} rows, {_model(first)}, {first.epochs} epochs, "
             f"{100 * erm['label_errors'].mean():.1f} % wrong labels; ERM fits "
             f"{100 * erm['train_accuracy'].mean():.1f} % of them; {part['seed'].nunique()} seeds.\n\n"
             f"{table(part, chosen)}\n"
@@ -209,11 +220,12 @@ HEAD = """# Results
 
 Rendered from the stored files by `python -m benchmarks.study render`; do not edit by hand.
 
-Everyone trains an MLP on fixed k-means features with SGD, with the same budget, initialisation and order of data for
-one seed; every seed draws its own training rows, so that intervals (95 %, Student's t) cover the choice of data. Rows
-of a table after ERM's are **differences from ERM with the same seed**, bold where the interval leaves zero out. Nothing
-is tuned on the test set: choices between variants were made by the studies whose names begin with `select`, on rows
-held out of the training set. Hard and easy thirds are those of another model, trained on four times as many rows.
+Everyone trains an MLP on fixed k-means features (in `architecture` another model, on the images themselves) with SGD,
+with the same budget, initialisation and order of data for one seed; every seed draws its own training rows, so that
+intervals (95 %, Student's t) cover the choice of data. Rows of a table after ERM's are **differences from ERM with the
+same seed**, bold where the interval leaves zero out. Nothing is tuned on the test set: choices between variants were
+made by the studies whose names begin with `select`, on rows held out of the training set. Hard and easy thirds are
+those of another model, trained on four times as many rows.
 
 """
 

@@ -39,6 +39,8 @@ class Stored:
         here = json.loads(json.dumps(config))
         if self.config.exists():
             there = json.loads(self.config.read_text(encoding="utf-8"))
+            defaults = asdict(Setting(""))  # an attribute that came later had no other value before
+            there["settings"] = {name: defaults | setting for name, setting in there["settings"].items()}
             different = [
                 f"{part} {name!r}"
                 for part in ("data", "settings", "methods")

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import models
 from benchmarks.results import write
 from benchmarks.study.measures import Reference, logits, measure
 from benchmarks.study.methods import Method, reweighter
-from benchmarks.study.problems import Corpus, Problem, Rows, Setting
+from benchmarks.study.problems import SHIFTS, Corpus, Problem, Rows, Setting
 from torch_molere import MetaReweighter, probabilistic_margin
 
 WARMUP = 0.25
 """Of the steps, as in the paper."""
 
 
-def classifier(inputs: int, hidden: int, classes: int) -> nn.Module:
-    """The MLP on the features."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+def classifier(setting: Setting, inputs: Tensor, classes: int) -> nn.Module:
+    """The setting's model of such inputs: the MLP on features, or another on images."""
+    if setting.model != "mlp":
+        channels, height, width = inputs.shape[1:]
+        return models.build(setting.model, (channels, height, width), classes)
+    hidden = setting.hidden
+    return nn.Sequential(nn.Linear(inputs.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
 def passes(rows: Rows, epochs: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -62,7 +67,7 @@ def train(
     everything = np.arange(len(problem.labels))
     rows = np.setdiff1d(everything, apart) if method.held_out else everything
     torch.manual_seed(seed)
-    model = classifier(problem.inputs.shape[1], setting.hidden, classes)
+    model = classifier(setting, problem.inputs, classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay)
     steps = setting.epochs * -(-len(rows) // setting.batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -107,7 +112,7 @@ class Laboratory:
         self.corpus = corpus
         self.on_test = on_test
         self.reference_setting = reference
-        self._references: dict[str, Reference] = {}
+        self._reference: Reference | None = None
         self._margins: dict[tuple[str, int], Tensor] = {}
         self._problem: tuple[tuple[Setting, int], Problem] | None = None
 
@@ -120,11 +125,13 @@ class Laboratory:
             self._keep_margins(setting, seed, trained.model, problem)
         numbers: dict[str, Any] = {"setting": setting.name, "method": method.name, "seed": seed}
         for name, (inputs, targets) in problem.evaluations.items():
-            found = measure(logits(trained.model, inputs), targets, self.reference(name, inputs, targets))
+            outputs = logits(trained.model, inputs)
             if name == "clean":
-                numbers |= found
+                numbers |= measure(outputs, targets, self.reference)
             else:
-                numbers[f"accuracy_{name}"] = found["accuracy"]
+                numbers[f"accuracy_{name}"] = (outputs.argmax(dim=1) == targets).double().mean().item()
+        if setting.trusted_shifts:
+            numbers |= _seen_and_unseen(numbers, setting.trusted_shifts)
         fitted = logits(trained.model, problem.inputs[trained.rows])
         labels = problem.labels[trained.rows]
         numbers |= {
@@ -138,20 +145,22 @@ class Laboratory:
             raise FloatingPointError(f"{method.name} diverged in {setting.name}, seed {seed}")
         return numbers
 
-    def reference(self, name: str, inputs: Tensor, targets: Tensor) -> Reference:
-        """Hardness of the evaluation instances called ``name`` to a model trained on the whole pool."""
-        if name not in self._references:
+    @property
+    def reference(self) -> Reference:
+        """Hardness of the clean evaluation instances to a model trained on the whole pool's features."""
+        if self._reference is None:
+            inputs, targets = self.corpus.judged(self.on_test)
             outputs = logits(self._reference_model(), inputs)
             losses = F.cross_entropy(outputs, targets, reduction="none")
-            self._references[name] = Reference(probabilistic_margin(outputs, targets), losses)
-        return self._references[name]
+            self._reference = Reference(probabilistic_margin(outputs, targets), losses)
+        return self._reference
 
     def _reference_model(self) -> nn.Module:
         """Trained once and kept beside the features."""
         setting, features = self.reference_setting, self.corpus.features
         key = hashlib.blake2b(f"{setting} {features.source} {len(self.corpus.pool)}".encode(), digest_size=12)
         path = features.folder / f"reference-{key.hexdigest()}.pt"
-        model = classifier(self.corpus.inputs.shape[1], setting.hidden, self.corpus.classes)
+        model = classifier(setting, self.corpus.inputs, self.corpus.classes)
         if not path.exists():
             problem = self.corpus.problem(setting, self.REFERENCE_SEED, self.on_test)
             trained = train(setting, Method("ERM"), problem, self.corpus.classes, self.REFERENCE_SEED)
@@ -175,3 +184,12 @@ class Laboratory:
 
     def _keep_margins(self, setting: Setting, seed: int, model: nn.Module, problem: Problem) -> None:
         self._margins[setting.name, seed] = probabilistic_margin(logits(model, problem.inputs), problem.labels)
+
+
+def _seen_and_unseen(numbers: Mapping[str, Any], seen: Collection[str]) -> dict[str, float]:
+    """Mean accuracy, over strengths, on the kinds of shift among the trusted rows and on the others."""
+    found: dict[str, list[float]] = {"accuracy_seen": [], "accuracy_unseen": []}
+    for kind, strengths in SHIFTS.items():
+        part = found["accuracy_seen" if kind in seen else "accuracy_unseen"]
+        part += [numbers[f"accuracy_{kind}_{strength + 1}"] for strength in range(len(strengths))]
+    return {name: float(np.mean(values)) for name, values in found.items()}

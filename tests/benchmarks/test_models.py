@@ -22,6 +22,8 @@ def parameters(model):
         ("resnet20", (3, 32, 32)),
         ("resnet32", (3, 64, 64)),
         ("resnet18", (3, 32, 32)),
+        ("vit", (3, 16, 16)),
+        ("vit", (3, 32, 32)),
     ],
 )
 def test_outputs(name, shape):

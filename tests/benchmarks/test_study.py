@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from benchmarks.study.training import Laboratory
 CLASSES = 3
 TINY = Setting("tiny", rows=60, hidden=8, epochs=3, batch_size=16)
 OTHER = replace(TINY, name="wrong labels", labels="label_worst", trusted=9, trusted_by_class=True)
+SHIFTED = Setting("shift", rows=40, hidden=8, epochs=6, trusted=18, trusted_shifts=("noise", "blur"))
 METHODS = (ERM, LRW["Hard"], LRW["Hard"].control, MOLERE, Method("LRW, trusted", "fixed", "trusted", False))
 STUDY = studies.Study("tiny", "Does it run?", (TINY, OTHER), METHODS, seeds=3, margins=True)
 
@@ -89,16 +91,68 @@ def test_problems_keep_their_rows_apart_and_know_the_truth(corpus):
 
 
 def test_shifted_images_are_used_where_the_setting_says(corpus):
-    setting = Setting("shift", rows=40, trusted=8, trusted_shifts=("noise", "blur"))
-    problem = corpus.problem(setting, 0, on_test=True)
-    assert list(problem.evaluations) == ["clean", *SHIFTS]
+    problem = corpus.problem(SHIFTED, 0, on_test=True)
+    assert list(problem.evaluations) == ["clean", *(f"{kind}_{strength}" for kind in SHIFTS for strength in (1, 2, 3))]
     changed = (problem.inputs != corpus.inputs[problem.source]).any(dim=1)
     assert changed.nonzero().squeeze(1).tolist() == problem.trusted.tolist()
-    for kind in SHIFTS:
-        pixels = shifted(corpus.test_pixels, kind)
-        assert pixels.shape == corpus.test_pixels.shape and pixels.dtype == torch.uint8
-        assert not torch.equal(pixels, corpus.test_pixels)
-    assert torch.equal(shifted(corpus.test_pixels, "noise"), shifted(corpus.test_pixels, "noise"))
+    pixels = corpus.pixels[problem.source]
+    kinds = [("noise", 1), ("noise", 2), ("noise", 3), ("blur", 1), ("blur", 2), ("blur", 3)]
+    for (kind, strength), rows in zip(kinds, np.array_split(problem.trusted, 6), strict=True):
+        expected = corpus.features.features(shifted(pixels[rows], kind, strength, seed=1))
+        torch.testing.assert_close(problem.inputs[rows], expected, rtol=0, atol=0)
+    inputs, targets = problem.evaluations["blur_3"]
+    assert torch.equal(inputs, corpus.features.features(shifted(corpus.test_pixels, "blur", 3)))
+    assert torch.equal(targets, corpus.test[1])
+
+
+@pytest.mark.parametrize("kind", SHIFTS)
+def test_a_stronger_shift_is_farther_from_the_image(corpus, kind):
+    pixels = corpus.test_pixels
+    strengths = [shifted(pixels, kind, strength + 1) for strength in range(len(SHIFTS[kind]))]
+    distances = [(image.float() - pixels).square().mean(dim=(1, 2, 3)) for image in strengths]
+    assert all(image.shape == pixels.shape and image.dtype == torch.uint8 for image in strengths)
+    assert len(distances) == 3 and (distances[0] > 0).all()
+    assert all((weaker < stronger).all() for weaker, stronger in pairwise(distances))
+    assert torch.equal(shifted(pixels, kind, 2), strengths[1])
+
+
+def test_seen_and_unseen_are_the_means_over_what_validation_holds_and_does_not(laboratory):
+    row = laboratory.run(SHIFTED, MOLERE, 0)
+    accuracy = {kind: [row[f"accuracy_{kind}_{strength}"] for strength in (1, 2, 3)] for kind in SHIFTS}
+    assert len({value for values in accuracy.values() for value in values}) > 3
+    assert row["accuracy_seen"] == pytest.approx(np.mean(accuracy["noise"] + accuracy["blur"]))
+    assert row["accuracy_unseen"] == pytest.approx(np.mean(accuracy["contrast"] + accuracy["pixelate"]))
+    other = laboratory.run(replace(SHIFTED, trusted_shifts=("contrast",)), ERM, 0)
+    assert other["accuracy_seen"] == pytest.approx(np.mean([other[f"accuracy_contrast_{s}"] for s in (1, 2, 3)]))
+    assert "accuracy_seen" not in laboratory.run(TINY, ERM, 0)
+
+
+@pytest.mark.parametrize("name", ["conv", "resnet20", "vit"])
+def test_other_models_train_on_the_images_themselves(corpus, laboratory, name):
+    setting = replace(TINY, name=name, model=name, lr=0.05)
+    problem = corpus.problem(setting, 0, on_test=True)
+    pixels = corpus.pixels[problem.source].double()
+    channels = corpus.pixels.double().transpose(0, 1).flatten(1)
+    mean, std = channels.mean(dim=1), channels.std(dim=1)
+    expected = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(problem.inputs.double(), expected, rtol=1e-3, atol=1e-3)
+    half = corpus.problem(replace(setting, side=4), 0, on_test=True)
+    torch.testing.assert_close(half.inputs, F.avg_pool2d(problem.inputs, 2))
+    assert half.evaluations["clean"][0].shape == (50, 3, 4, 4)
+    plain, weighed = (laboratory.run(setting, method, 0) for method in (ERM, MOLERE))
+    assert plain["accuracy"] != weighed["accuracy"] or plain["nll"] != weighed["nll"]
+    # How hard a test instance is does not depend on who is judged.
+    on_features = laboratory.run(TINY, ERM, 0)
+    assert all(plain[f"count_bucket_{b}"] == on_features[f"count_bucket_{b}"] for b in range(10))
+
+
+def test_shifted_images_reach_a_model_on_images(corpus):
+    setting = replace(SHIFTED, model="conv")
+    problem, plain = (corpus.problem(s, 0, on_test=True) for s in (setting, replace(setting, trusted_shifts=())))
+    changed = (problem.inputs != plain.inputs).flatten(1).any(dim=1)
+    assert changed.nonzero().squeeze(1).tolist() == problem.trusted.tolist()
+    inputs = problem.evaluations["contrast_3"][0]
+    assert inputs.shape == (50, 3, 8, 8) and inputs.std() < 0.5 * plain.evaluations["clean"][0].std()
 
 
 def test_measures_agree_with_other_libraries():
@@ -181,6 +235,18 @@ def test_a_folder_refuses_another_configuration_but_may_grow(finished):
     assert "new" in json.loads(finished.config.read_text())["settings"]
     with pytest.raises(typer.BadParameter, match="settings 'tiny'"):
         finished.start(config | described([replace(TINY, epochs=4)], METHODS))
+
+
+def test_runs_from_before_an_attribute_of_settings_had_its_default(tmp_path):
+    stored = Stored(tmp_path)
+    config = {"data": {}, **described([TINY], [ERM])}
+    older = json.loads(json.dumps(config))
+    del older["settings"]["tiny"]["model"]
+    stored.config.write_text(json.dumps(older))
+    with pytest.raises(typer.BadParameter, match="settings 'tiny'"):
+        stored.start(config | described([replace(TINY, model="conv")], [ERM]))
+    stored.start(config)
+    assert json.loads(stored.config.read_text())["settings"]["tiny"]["model"] == "mlp"
 
 
 def test_the_page_follows_from_the_runs(finished, monkeypatch):

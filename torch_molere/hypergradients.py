@@ -40,6 +40,7 @@ from torch_molere.evaluation import (
     per_sample_losses,
     preserved_randomness,
 )
+from torch_molere.layout import channels_last
 from torch_molere.sharded import any_sharded, full, is_sharded, standing_in
 from torch_molere.update import Update, check_differentiable
 
@@ -150,6 +151,7 @@ def validation_gradient(
     seed: int | None = None,
     together: bool = True,
     splitter_loss_fn: LossFn | None = None,
+    in_channels_last: bool = False,
 ) -> ValidationGradient:
     """Mean validation loss at ``parameters`` and its gradient, leaving model and random streams untouched.
 
@@ -161,6 +163,7 @@ def validation_gradient(
         seed: of the forward's random numbers; None goes on with the global ones.
         together: average over the batches of all processes.
         splitter_loss_fn: what the losses returned are; default ``loss_fn``.
+        in_channels_last: run in channels-last order.
     """
     (positional, named), targets = batch
     with torch.enable_grad(), preserved_randomness(device_of(model), seed):
@@ -173,8 +176,11 @@ def validation_gradient(
                 (losses.sum() * (processes() / len(everyone))).backward()
                 gradients = [own[name].grad for name in parameters]
         else:
+            arguments = batch[0]
+            if in_channels_last:
+                arguments, parameters = channels_last(arguments), channels_last(dict(parameters))
             leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-            outputs = evaluate(model, batch[0], leaves, dict(model.named_buffers()))
+            outputs = evaluate(model, arguments, leaves, dict(model.named_buffers()))
             losses = per_sample_losses(loss_fn, outputs, targets)
             gradients = list(torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True))
             everyone = losses.detach()

@@ -45,6 +45,7 @@ from torch_molere.hypergradients import (
     validation_gradient,
 )
 from torch_molere.journal import Journal
+from torch_molere.layout import ChannelsLast
 from torch_molere.samples import CorrectFn, Samples, default_correct
 from torch_molere.sharded import check_sharded, check_synchronised
 from torch_molere.splitting import LearnedSplitter
@@ -284,6 +285,7 @@ class MetaReweighter:
         }
 
         self._directional_derivative = DirectionalDerivative(hypergradient)
+        self._channels_last = ChannelsLast()
         self._draws = 0  # how many random states were taken from the seed
         self._alike = False  # whether φ and Θ are known to be the same in every process
         self._observing = True
@@ -398,6 +400,7 @@ class MetaReweighter:
             "steps": self.steps,
             "draws": self._draws,
             "engine": self._directional_derivative.state_dict(),
+            "channels_last": self._channels_last.state_dict(),
             "weighting": self.weighting.state_dict(),
             "weighting_optimizer": None if self.weighting_optimizer is None else self.weighting_optimizer.state_dict(),
             "holdout": None if self.holdout is None else self.holdout.state_dict(),
@@ -446,6 +449,7 @@ class MetaReweighter:
             self.validation.load_state_dict(state["validation"])
         self.history.load_state_dict(state["history"], device_of(self.model))
         self._directional_derivative.load_state_dict(state["engine"])
+        self._channels_last.load_state_dict(state["channels_last"])
         self.seed, self.steps, self._draws = (whole(state[name], name) for name in ("seed", "steps", "draws"))
 
     def close(self) -> None:
@@ -474,6 +478,7 @@ class MetaReweighter:
         """What a step or a loss may change of this object itself; the rest is noted where it is changed."""
         self._journal.keep(self, "result", "_draws", "_call", "_weighted")
         self._journal.keep(self._directional_derivative, "engine", "repeatable")
+        self._journal.keep(self._channels_last, "chosen")
         self._weighted = list(self._weighted)
         networks = [self.weighting] if self.splitter is None else [self.weighting, self.splitter]
         self._journal.keep_tensors([buffer for network in networks for buffer in network.buffers()])
@@ -651,7 +656,13 @@ class MetaReweighter:
             update = Update(self.optimizer, list(held.values()), gradients)
             after = dict(zip(parameters, update.parameters, strict=True))
             validation = validation_gradient(
-                self._network, self.val_loss_fn, batch, after, seed, splitter_loss_fn=self.loss_fn
+                self._network,
+                self.val_loss_fn,
+                batch,
+                after,
+                seed,
+                splitter_loss_fn=self.loss_fn,
+                in_channels_last=self._channels_last.serves(self._network, self.val_loss_fn, batch, after, seed),
             )
             if self.engine == "unrolled":
                 derivatives = [self._unrolled(weighted, batch, seed)]

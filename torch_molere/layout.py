@@ -1,0 +1,96 @@
+"""The memory order of images in the meta-update: channels last, in which the CPU's convolutions take less time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_molere.evaluation import (
+    Arguments,
+    LossFn,
+    device_of,
+    evaluate,
+    map_tensors,
+    per_sample_losses,
+    preserved_randomness,
+)
+from torch_molere.sharded import is_sharded
+
+SAME = 1e-3
+"""How closely the losses must agree in both orders: oneDNN's algorithms for them round differently."""
+
+
+def channels_last(tree: Any) -> Any:
+    """``tree`` with its floating ``(·, C, H, W)`` tensors in channels-last order: the same values, laid out anew."""
+
+    def ordered(tensor: Tensor) -> Tensor:
+        images = tensor.ndim == 4 and tensor.is_floating_point()
+        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
+
+    return map_tensors(ordered, tree)
+
+
+class ChannelsLast:
+    """Whether the validation forward and backward are to run in channels-last order, found out once for a model.
+
+    It is where a float32 model on the CPU has two-dimensional convolutions, and its losses come out the same: a model
+    that takes views of contiguous memory fails in the other order, and one with dropout draws other masks.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: bool | None = None
+
+    def serves(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batch: tuple[Arguments, Any],
+        parameters: Mapping[str, Tensor],
+        seed: int,
+    ) -> bool:
+        """Whether it serves the model, tried on a validation batch at ``parameters`` the first time."""
+        if self.chosen is None:
+            self.chosen = _concerned(model) and _same(model, loss_fn, batch, parameters, seed)
+        return self.chosen
+
+    def state_dict(self) -> dict[str, bool | None]:
+        """What was found out."""
+        return {"chosen": self.chosen}
+
+    def load_state_dict(self, state: dict[str, bool | None]) -> None:
+        """Put back what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if it is neither a bool nor None.
+        """
+        if not (state["chosen"] is None or isinstance(state["chosen"], bool)):
+            raise ValueError(f"channels_last must be True, False or None, got {state['chosen']!r:.60}")
+        self.chosen = state["chosen"]
+
+
+def _concerned(model: nn.Module) -> bool:
+    return (
+        device_of(model).type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and not is_sharded(model)
+        and any(isinstance(m, nn.Conv2d) and m.weight.dtype == torch.float32 for m in model.modules())
+    )
+
+
+def _same(
+    model: nn.Module, loss_fn: LossFn, batch: tuple[Arguments, Any], parameters: Mapping[str, Tensor], seed: int
+) -> bool:
+    def losses(arguments: Arguments, parameters: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad(), preserved_randomness(device_of(model), seed):
+            outputs = evaluate(model, arguments, parameters, dict(model.named_buffers()))
+            return per_sample_losses(loss_fn, outputs, batch[1])
+
+    usual = losses(batch[0], parameters)
+    try:
+        other = losses(channels_last(batch[0]), channels_last(dict(parameters)))
+    except RuntimeError:
+        return False
+    return bool(((other - usual).abs() <= SAME * (1.0 + usual.abs())).all())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.study import baselines
 from benchmarks.study.methods import ERM, LRW, MOLERE, Method
 from benchmarks.study.problems import Setting
 
@@ -179,4 +181,18 @@ SELECT_RATE = Study(
     on_test=False,
 )
 
-STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SELECT, SELECT_RATE)}
+SELECT_BASELINES = Study(
+    "select-baselines",
+    "Which strength serves each of the published baselines?",
+    (
+        FITTED,
+        replace(FITTED, name="worst labels, lr 0.02", labels="label_worst"),
+        Setting("worst labels, lr 0.006", labels="label_worst"),
+    ),
+    (ERM, *itertools.chain.from_iterable(baselines.TRIED.values())),
+    seeds=2,
+    measures=("accuracy", "balanced_accuracy", "nll", "train_accuracy"),
+    on_test=False,
+)
+
+STUDIES = {study.name: study for study in (ORDERING, NOISE, IMBALANCE, SELECT, SELECT_RATE, SELECT_BASELINES)}

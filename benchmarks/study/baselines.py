@@ -158,6 +158,18 @@ TRIED = {
 """Strengths of each baseline, the published one among them; Learning to Reweight has none but its validation batch."""
 
 
+WINNERS = (
+    "focal loss, γ 0.5",
+    "RGD, τ 0.5",
+    "Just Train Twice, T 1, λ 2",
+    "RHO-Loss, 50%",
+    "Learning to Reweight, batch 64",
+    "Meta-Weight-Net, φ 0.0001",
+)
+CHOSEN = [method for tried in TRIED.values() for method in tried if method.name in WINNERS]
+"""Each baseline's :func:`winner` of the stored study ``select-baselines``."""
+
+
 def winner(tried: list[Method], frame: pd.DataFrame) -> Method:
     """The rule of choice: the highest accuracy on the selection set, averaged over settings and seeds."""
     means = frame.groupby("method")["accuracy"].mean()

@@ -1,6 +1,7 @@
 """The published baselines against their definitions, written out another way."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,12 @@ from torchvision.ops import sigmoid_focal_loss
 from benchmarks.study import baselines, budget
 from benchmarks.study.methods import ERM, Method, reweighter
 from benchmarks.study.problems import Problem, Setting
+from benchmarks.study.studies import STUDIES
 from benchmarks.study.training import train
 
 CLASSES, ROWS = 3, 60
 TINY = Setting("tiny", rows=ROWS, hidden=8, epochs=3, batch_size=16, lr=0.05)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 NOBODY = np.empty(0, dtype=np.int64)
 
 
@@ -217,3 +220,14 @@ def test_the_winner_is_the_most_accurate_over_all_settings():
         columns=["setting", "method", "accuracy"],
     )
     assert baselines.winner([Method("one"), Method("two")], frame).name == "one"
+
+
+def test_the_strengths_reported_are_those_that_won_the_stored_selection():
+    frame = pd.read_csv(RESULTS / "study-select-baselines" / "results.csv")
+    selection = STUDIES["select-baselines"]
+    runs = {(setting.name, method.name, seed) for setting, method, seed in selection.runs(selection.seeds)}
+    assert set(frame[["setting", "method", "seed"]].itertuples(index=False, name=None)) == runs
+    assert not selection.on_test
+    reported = {method.name for method in STUDIES["baselines"].methods}
+    for tried in baselines.TRIED.values():
+        assert {method.name for method in tried} & reported == {baselines.winner(tried, frame).name}

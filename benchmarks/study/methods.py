@@ -16,7 +16,7 @@ from torch_molere import LearnedSplitter, MetaReweighter, RandomSplitter, Sample
 
 VALIDATION_SHARE = 0.1
 
-Weighs = Literal["equally", "fixed", "molere"]
+Weighs = Literal["equally", "fixed", "molere", "focal", "rgd", "twice", "rho", "l2rw"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Method:
     Attributes:
         name: as it stands in tables.
         weighs: ``equally`` (plain training), ``fixed`` (learned reweighting against the set-apart rows), ``molere``
-            (against the splitter's).
+            (against the splitter's), or one of :mod:`benchmarks.study.baselines`.
         apart: which rows are set apart: a tenth of them (``easy`` or ``hard`` by the margins of plain training with
             the same seed, or ``random``) or the trusted ones.
         held_out: whether the rows set apart are left out of training.
         arguments: of the reweighter; ``signals`` is what φ sees, ``splitter`` one of
-            :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it.
+            :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it. Or a baseline's strength.
     """
 
     name: str
@@ -89,7 +89,7 @@ def reweighter(
     seed: int,
 ) -> MetaReweighter:
     """The reweighter that a method trains with."""
-    arguments = dict(method.arguments)
+    arguments = {"warmup_steps": warmup_steps, **method.arguments}
     signals = tuple(arguments.pop("signals", ("loss",)))
     if (kind := arguments.pop("splitter", None)) is not None:
         arguments["splitter"] = SPLITTERS[kind](seed)
@@ -106,7 +106,6 @@ def reweighter(
         model,
         optimizer,
         weighting=SignalWeighting(signals, num_classes=classes),
-        warmup_steps=warmup_steps,
         seed=seed,
         **arguments,
     )

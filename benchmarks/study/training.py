@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import models
 from benchmarks.results import write
+from benchmarks.study import baselines
+from benchmarks.study.budget import batches_in, classifier, optimisation
 from benchmarks.study.measures import Reference, logits, measure
 from benchmarks.study.methods import Method, reweighter
 from benchmarks.study.problems import SHIFTS, Corpus, Problem, Rows, Setting
@@ -24,24 +25,6 @@ from torch_molere import MetaReweighter, probabilistic_margin
 
 WARMUP = 0.25
 """Of the steps, as in the paper."""
-
-
-def classifier(setting: Setting, inputs: Tensor, classes: int) -> nn.Module:
-    """The setting's model of such inputs: the MLP on features, or another on images."""
-    if setting.model != "mlp":
-        channels, height, width = inputs.shape[1:]
-        return models.build(setting.model, (channels, height, width), classes)
-    hidden = setting.hidden
-    return nn.Sequential(nn.Linear(inputs.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, classes))
-
-
-def passes(rows: Rows, epochs: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of positions, for so many epochs in random orders; their sizes differ by at most one."""
-    generator = torch.Generator().manual_seed(seed)
-    ordered = torch.from_numpy(rows)
-    for _ in range(epochs):
-        shuffled = ordered[torch.randperm(len(ordered), generator=generator)]
-        yield from shuffled.tensor_split(-(-len(rows) // batch_size))
 
 
 @dataclass(frozen=True)
@@ -68,9 +51,8 @@ def train(
     rows = np.setdiff1d(everything, apart) if method.held_out else everything
     torch.manual_seed(seed)
     model = classifier(setting, problem.inputs, classes)
-    optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay)
-    steps = setting.epochs * -(-len(rows) // setting.batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    steps = setting.epochs * batches_in(len(rows), setting.batch_size)
+    optimizer, scheduler = optimisation(model, setting, steps)
     weighing: MetaReweighter | None = None
     if method.weighs in ("fixed", "molere"):
         weighing = reweighter(
@@ -78,12 +60,13 @@ def train(
         )
     sums, counts = torch.zeros(len(everything)), torch.zeros(len(everything))
     start = time.perf_counter()
-    for batch in passes(rows, setting.epochs, setting.batch_size, seed):
+    objective = baselines.objective(method, setting, problem, apart, model, classes, seed)
+    for batch in baselines.batches(method, setting, problem, rows, model, classes, seed):
         inputs, labels = problem.inputs[batch], problem.labels[batch]
         if weighing is None:
             losses = F.cross_entropy(model(inputs), labels, reduction="none")
             optimizer.zero_grad()
-            losses.mean().backward()
+            objective(losses, batch).backward()
             optimizer.step()
             sums[batch] += losses.detach()
             counts[batch] += 1

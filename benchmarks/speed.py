@@ -46,6 +46,7 @@ PERIOD = 5
 
 Models = Annotated[str, typer.Option(help="Comma-separated: conv, resnet20, mlp, vit-tiny, wrn-28-10, resnet50.")]
 Optimizers = Annotated[str, typer.Option(help="Comma-separated: sgd, adamw.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only ERM and contenders with this in their name; repeatable.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Folder of the stored results.")]
 RESULTS = Path("benchmarks/results")
@@ -158,14 +159,17 @@ def steps(
     optimizers: Optimizers = "sgd,adamw",
     count: Annotated[int, typer.Option("--rounds", min=1)] = 11,
     batch: int = 128,
+    only: Only = None,
     device: Device = "cpu",
     out: Out = RESULTS,
 ) -> None:
     """Time of one training step, and of one meta-gradient alone, for every contender."""
+    parts = ("ERM", *only) if only else ("",)
+    chosen = {name: factory for name, factory in CONTENDERS.items() if any(part in name for part in parts)}
     for model in models.split(","):
         for optimizer in optimizers.split(","):
             task = task_of(model, optimizer, device, batch)
-            contenders, errors = made(CONTENDERS, task)
+            contenders, errors = made(chosen, task)
             measured = rounds(contenders, count, device)
             progress = track(measured, f"{model}, {optimizer}", total=len(contenders) * count, console=console)
             rows = [(model, optimizer, name, number, seconds) for number, name, seconds in progress]

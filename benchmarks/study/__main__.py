@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from benchmarks.datasets import DataOptions
 from benchmarks.features import PatchOptions
 from benchmarks.provenance import provenance, without_machine
-from benchmarks.study import people, rendering
+from benchmarks.study import overhead, people, rendering
 from benchmarks.study.problems import Corpus
 from benchmarks.study.store import Stored, described
 from benchmarks.study.studies import STUDIES, Study
@@ -22,10 +22,14 @@ from benchmarks.study.training import Laboratory
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 RESULTS = Path("benchmarks/results")
-HUMAN = "human"
+RowsOfSeed = Callable[[Corpus, int], Iterable[Mapping[str, Any]]]
+BY_SEED = {study.name: (study, rows) for study, rows in ((people.STUDY, people.rows), (overhead.STUDY, overhead.costs))}
+"""Studies that are no lists of single runs, with what gives the rows of a seed."""
 
 
-@app.command(help=f"Run a study, or what is missing of it: {', '.join([*STUDIES, HUMAN])}; or render all stored ones.")
+@app.command(
+    help=f"Run a study, or what is missing of it: {', '.join([*STUDIES, *BY_SEED])}; or render all stored ones."
+)
 def study(
     name: Annotated[str, typer.Argument(help="Which study, or render.")],
     data: Annotated[str, typer.Option(help="cifar10, or parquet:DIR with the label columns of CIFAR-10N.")] = "cifar10",
@@ -40,19 +44,19 @@ def study(
     if name == "render":
         rendering.render(results)
         return
-    if name not in (*STUDIES, HUMAN):
-        known = ", ".join([*STUDIES, HUMAN, "render"])
+    if name not in STUDIES | BY_SEED:
+        known = ", ".join([*STUDIES, *BY_SEED, "render"])
         raise typer.BadParameter(f"{name!r} is unknown; take one of {known}", param_hint="NAME")
     torch.set_num_threads(threads)
     options = PatchOptions(patches=patches)
     corpus = Corpus(DataOptions(data, root), cache, options)
-    if name == HUMAN:
-        _people(corpus, Stored(results / f"study-{HUMAN}"), data, options, seeds or people.SEEDS)
-        return
-    chosen = STUDIES[name]
-    stored = Stored(results / f"study-{name}")
+    chosen, rows = BY_SEED[name] if name in BY_SEED else (STUDIES[name], None)
+    stored = Stored(results / chosen.folder)
     stored.start(_config(chosen, data, options, corpus))
-    run_missing(chosen, Laboratory(corpus, chosen.on_test), stored, seeds or chosen.seeds)
+    if rows is None:
+        run_missing(chosen, Laboratory(corpus, chosen.on_test), stored, seeds or chosen.seeds)
+    else:
+        add_missing(chosen, rows, corpus, stored, seeds or chosen.seeds)
 
 
 def run_missing(chosen: Study, laboratory: Laboratory, stored: Stored, seeds: int) -> None:
@@ -70,14 +74,12 @@ def run_missing(chosen: Study, laboratory: Laboratory, stored: Stored, seeds: in
         )
 
 
-def _people(corpus: Corpus, stored: Stored, data: str, options: PatchOptions, seeds: int) -> None:
-    """The study of people, whose rows are ways to tell hard rows rather than runs."""
-    asked = Study(HUMAN, people.QUESTION, (people.SETTING,), (people.METHOD,))
-    stored.start(_config(asked, data, options, corpus))
+def add_missing(chosen: Study, rows: RowsOfSeed, corpus: Corpus, stored: Stored, seeds: int) -> None:
+    """All rows of each seed that has none yet."""
     for seed in range(seeds):
         if seed not in set(stored.frame()["seed"]):
-            stored.add(people.agreement(corpus, people.SETTING, people.METHOD, seed))
-            typer.echo(f"{HUMAN}, seed {seed}: stored")
+            stored.add(rows(corpus, seed))
+            typer.echo(f"{chosen.name}, seed {seed}: stored")
 
 
 def _config(chosen: Study, data: str, patches: PatchOptions, corpus: Corpus) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from benchmarks.study.problems import Problem, Rows
 from torch_molere import LearnedSplitter, MetaReweighter, RandomSplitter, Samples, SignalWeighting, expected_error
 
 VALIDATION_SHARE = 0.1
+TRIMMED_SHARE = 0.1
 
 Weighs = Literal["equally", "fixed", "molere", "focal", "rgd", "twice", "rho", "l2rw"]
 
@@ -74,7 +75,26 @@ class MixedSplitter(nn.Module):
         return learned.masked_fill(chosen, 0.0)
 
 
-SPLITTERS = {"random": lambda seed: RandomSplitter(VALIDATION_SHARE, seed), "mixed": MixedSplitter}
+class TrimmedSplitter(nn.Module):
+    """What the learned splitter finds hard, but for the tenth of each batch with the lowest margins, which trains on:
+    wrong labels are among them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.learned = LearnedSplitter()
+
+    def forward(self, samples: Samples) -> Tensor:
+        """``(B,)``: trimmed instances have 1, others Θ's probability."""
+        learned: Tensor = self.learned(samples)
+        lowest = samples.margins.argsort(stable=True)[: round(TRIMMED_SHARE * len(learned))]
+        return learned.index_fill(0, lowest, 1.0)
+
+
+SPLITTERS = {
+    "random": lambda seed: RandomSplitter(VALIDATION_SHARE, seed),
+    "mixed": MixedSplitter,
+    "trimmed": TrimmedSplitter,
+}
 
 
 def reweighter(

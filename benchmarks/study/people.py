@@ -18,19 +18,26 @@ from torch import Tensor
 from benchmarks.study.measures import logits
 from benchmarks.study.methods import ERM, MOLERE, Method
 from benchmarks.study.problems import Corpus, Problem, Setting
+from benchmarks.study.studies import FITTED, Study
 from benchmarks.study.training import train
 from torch_molere import probabilistic_margin
 
 ANNOTATORS = ("label_random1", "label_random2", "label_random3")
 FOLDS = 4
-SEEDS = 5
-SETTING = Setting("fitted", lr=0.02)
-METHOD = MOLERE
-QUESTION = (
+STUDY = Study(
+    "human",
     "Does hardness agree with people? Spearman's rank correlation with how many of CIFAR-10N's three annotators missed "
     "the clean label (trained on clean labels), and how well each score finds the wrong labels of `label_aggregate` "
-    "(trained on those): area under the ROC curve and average precision."
+    "(trained on those): area under the ROC curve and average precision.",
+    (FITTED,),
+    (MOLERE,),
 )
+
+
+def rows(corpus: Corpus, seed: int) -> Iterator[dict[str, Any]]:
+    """Those of a seed."""
+    (setting,), (method,) = STUDY.settings, STUDY.methods
+    return agreement(corpus, setting, method, seed)
 
 
 def agreement(corpus: Corpus, setting: Setting, method: Method, seed: int) -> Iterator[dict[str, Any]]:

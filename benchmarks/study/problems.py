@@ -38,6 +38,8 @@ class Setting:
         trusted_by_class: as many of each class.
         trusted_shifts: the trusted images carry one of these kinds of corruption each, at one of its strengths, for
             every method.
+        validated: so many further rows, with labels of the same kind, that nobody trains on: the gap between training
+            and validation loss is followed over the epochs.
         model: ``mlp`` is on the features, any other of :mod:`benchmarks.models` on the images themselves.
         side: such images are averaged down to so many pixels by side; None leaves them as they are.
         hidden: units of the MLP; epochs, batch_size, lr, weight_decay: of SGD with momentum 0.9 and a cosine schedule.
@@ -50,6 +52,7 @@ class Setting:
     trusted: int = 0
     trusted_by_class: bool = False
     trusted_shifts: tuple[str, ...] = ()
+    validated: int = 0
     model: str = "mlp"
     side: int | None = None
     hidden: int = 256
@@ -69,6 +72,7 @@ class Problem:
         source: ``(N,)`` the rows' numbers in the training file.
         trusted: positions among the N.
         evaluations: ``M`` inputs and true classes ``(M,)`` by name; the first is the main one.
+        validation: inputs and labels, of the same kind as those to train on, of rows that nobody trains on.
     """
 
     inputs: Tensor
@@ -77,6 +81,7 @@ class Problem:
     source: Rows
     trusted: Rows
     evaluations: dict[str, tuple[Tensor, Tensor]]
+    validation: tuple[Tensor, Tensor] | None = None
 
 
 SHIFTS: Mapping[str, tuple[float, ...]] = {
@@ -167,15 +172,20 @@ class Corpus:
         if setting.imbalance != 1.0:
             source = source[sampling.long_tail(self.labels["label"][source], setting.imbalance)]
         if setting.rows is not None and setting.rows < len(source):
-            source = random.permutation(source)[: setting.rows]
+            source = random.permutation(source)[: setting.rows + setting.validated]
+        labels = self._labels(setting.labels, source, seed)
+        validation = None
+        if setting.validated:
+            others = source[-setting.validated :]
+            validation = self._inputs(setting, others), torch.from_numpy(labels[-setting.validated :])
+            source, labels = source[: -setting.validated], labels[: -setting.validated]
         clean = self.labels["label"][source]
         trusted = random.permutation(len(source))
         if setting.trusted_by_class:
             trusted = trusted[sampling.balanced_subset(clean[trusted], setting.trusted)]
         trusted = np.sort(trusted[: setting.trusted])
-        labels = self._labels(setting.labels, source, seed)
         labels[trusted] = clean[trusted]
-        inputs = self.inputs[source] if setting.model == "mlp" else self.encoded(setting, self.pixels[source])
+        inputs = self._inputs(setting, source)
         kinds = list(_strengths(setting.trusted_shifts))
         for (kind, strength), rows in zip(kinds, np.array_split(trusted, max(len(kinds), 1)), strict=False):
             # Another seed than the evaluation images' 0, for other noise.
@@ -187,7 +197,11 @@ class Corpus:
             source,
             trusted,
             self.evaluations(setting, on_test),
+            validation,
         )
+
+    def _inputs(self, setting: Setting, source: Rows) -> Tensor:
+        return self.inputs[source] if setting.model == "mlp" else self.encoded(setting, self.pixels[source])
 
     def _labels(self, name: str, source: Rows, seed: int) -> Rows:
         if name.startswith("symmetric:"):

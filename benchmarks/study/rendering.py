@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 
 from benchmarks.figures import STYLE, save
 from benchmarks.results import Interval, interval, write
-from benchmarks.study import people
+from benchmarks.study import claims, overhead, people
+from benchmarks.study.claims import LEAST_SEEDS, difference, reported
 from benchmarks.study.problems import Setting
 from benchmarks.study.store import Stored
 from benchmarks.study.studies import STUDIES, Study
@@ -33,31 +34,14 @@ NAMES = {
     "brier": "Brier",
     "accuracy_seen": "shifts seen, %",
     "accuracy_unseen": "shifts unseen, %",
+    "easy_third_by_loss": "easy third by loss, %",
+    "gap": "gap of the losses",
+    "accuracy_stable": "stopped at a stable gap, %",
+    "epoch_stable": "its epoch",
+    "accuracy_least": "stopped at the least loss, %",
+    "epoch_least": "its epoch",
 }
-LEAST_SEEDS = 3
-"""With fewer in a setting, its runs are stored but not reported."""
-
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
-def difference(frame: pd.DataFrame, method: str, measure: str, baseline: str = "ERM") -> Interval:
-    """A measure of a method minus the baseline's with the same seed, within one setting."""
-    pivoted = frame.pivot(index="seed", columns="method", values=measure)
-    if method not in pivoted or baseline not in pivoted:
-        return Interval(np.nan, np.nan)
-    return interval((pivoted[method] - pivoted[baseline]).dropna().to_numpy())
-
-
-def reported(frame: pd.DataFrame, chosen: Study) -> list[tuple[str, pd.DataFrame]]:
-    """The settings with enough seeds of plain training, each with the seeds that every one of its methods has."""
-    parts = []
-    for setting in chosen.settings:
-        own = frame[frame["setting"] == setting.name]
-        counts = own.groupby("seed")["method"].nunique()
-        complete = own[own["seed"].isin(counts.index[counts == own["method"].nunique()])]
-        if complete["seed"].nunique() >= LEAST_SEEDS:
-            parts.append((setting.name, complete))
-    return parts
 
 
 def _shown(value: Interval, measure: str, sign: str = "") -> str:
@@ -84,6 +68,10 @@ def table(part: pd.DataFrame, chosen: Study) -> str:
             text = _shown(change, measure, "+")
             cells.append(f"**{text}**" if abs(change.mean) > change.half else text)
         rows.append([method, *cells])
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -156,6 +144,34 @@ def margin_figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path
         save(drawn, path)
 
 
+def gap_figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path: Path) -> None:
+    """The gap between validation and training loss, and the test accuracy, over the epochs."""
+    with plt.rc_context(STYLE):
+        drawn, panels = plt.subplots(
+            2,
+            len(parts),
+            figsize=(1.2 + 2.6 * len(parts), 5.0),
+            sharex=True,
+            sharey="row",
+            squeeze=False,
+            layout="constrained",
+            dpi=150,
+        )
+        for column, (setting, part) in enumerate(parts):
+            epochs = range(1, 1 + sum(name.startswith("gap_") for name in part.dropna(axis="columns")))
+            means = part.groupby("method").mean(numeric_only=True)
+            for colour, method in zip(COLOURS, chosen.methods, strict=False):
+                for row, (kind, scale) in enumerate((("gap", 1), ("accuracy", 100))):
+                    values = [scale * means.loc[method.name, f"{kind}_{epoch}"] for epoch in epochs]
+                    panels[row][column].plot(epochs, values, color=colour, lw=1.6, label=method.name)
+            panels[0][column].set_title(setting, fontsize=9)
+        panels[0][0].set_ylabel("validation minus training loss")
+        panels[1][0].set_ylabel("test accuracy, %")
+        panels[0][0].legend(frameon=False, fontsize=8)
+        drawn.supxlabel("epoch", fontsize=9)
+        save(drawn, path)
+
+
 def _model(setting: Setting) -> str:
     if setting.model == "mlp":
         return f"MLP {setting.hidden}"
@@ -169,7 +185,8 @@ def section(chosen: Study, folder: Path) -> str:
     if not parts:
         return ""
     config: dict[str, Any] = json.loads(stored.config.read_text(encoding="utf-8"))
-    figure(parts, chosen, folder / "differences.png")
+    drawn = f"{chosen.name if chosen.shares else 'differences'}.png"
+    figure(parts, chosen, folder / drawn)
     text = (
         f"## `{chosen.name}`\n\n{chosen.question}\n\n"
         f"Judged on the {config['data']['judged_on']} ({config['data']['judged_rows']:,} instances with clean labels); "
@@ -186,10 +203,13 @@ def section(chosen: Study, folder: Path) -> str:
             f"{100 * erm['train_accuracy'].mean():.1f} % of them; {part['seed'].nunique()} seeds.\n\n"
             f"{table(part, chosen)}\n"
         )
-    text += f"![{chosen.name}: differences from plain training]({folder.name}/differences.png)\n\n"
+    text += f"![{chosen.name}: differences from plain training]({folder.name}/{drawn})\n\n"
     if chosen.margins:
         margin_figure(parts, chosen, folder / "margins.png")
         text += f"![{chosen.name}: change of margin]({folder.name}/margins.png)\n\n"
+    if any(setting.validated for setting in chosen.settings):
+        gap_figure(parts, chosen, folder / "epochs.png")
+        text += f"![{chosen.name}: over the epochs]({folder.name}/epochs.png)\n\n"
     return text
 
 
@@ -206,13 +226,38 @@ def human_section(folder: Path) -> str:
             interval(own[name].dropna().to_numpy()).shown(".3f") for name in ("spearman", "auroc", "average_precision")
         ]
         rows.append(f"| {method} | {' | '.join(cells)} |\n")
+    (setting,) = people.STUDY.settings
     wrong = 100 * frame["wrong"].mean()
     return (
-        f"## `human`\n\n{people.QUESTION}\n\n"
-        f"{people.SETTING.rows:,} rows, MLP {people.SETTING.hidden}, {people.SETTING.epochs} epochs, {wrong:.1f} % "
+        f"## `human`\n\n{people.STUDY.question}\n\n"
+        f"{setting.rows:,} rows, MLP {setting.hidden}, {setting.epochs} epochs, {wrong:.1f} % "
         f"wrong labels, {frame['seed'].nunique()} seeds; larger is better. `{config['command']}`\n\n"
         "| score | rank correlation | AUROC | average precision |\n| --- | ---: | ---: | ---: |\n"
         f"{''.join(rows)}\n"
+    )
+
+
+def overhead_section(folder: Path) -> str:
+    """Time and memory, by method."""
+    stored = Stored(folder)
+    frame = stored.frame()
+    if frame.empty or frame["seed"].nunique() < LEAST_SEEDS:
+        return ""
+    config: dict[str, Any] = json.loads(stored.config.read_text(encoding="utf-8"))
+    rows = [["", *(f"{s.name}, {what}" for s in overhead.STUDY.settings for what in ("time", "added MB"))]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    for method in overhead.STUDY.methods:
+        cells = []
+        for setting in overhead.STUDY.settings:
+            part = frame[frame["setting"] == setting.name]
+            seconds = part.pivot(index="seed", columns="method", values="seconds")
+            cells.append(interval((seconds[method.name] / seconds["ERM"]).to_numpy()).shown(".2f"))
+            cells.append(interval(part[part["method"] == method.name]["added"].to_numpy() / 1e6).shown(".1f"))
+        rows.append([method.name, *cells])
+    machine = config["machine"]
+    return (
+        f"## `overhead`\n\n{overhead.STUDY.question}\n\n{frame['seed'].nunique()} seeds; {machine['cores']} cores of "
+        f"an {machine['processor']}, one thread. `{config['command']}`\n\n{_table(rows)}\n"
     )
 
 
@@ -225,13 +270,14 @@ with the same budget, initialisation and order of data for one seed; every seed 
 intervals (95 %, Student's t) cover the choice of data. Rows of a table after ERM's are **differences from ERM with the
 same seed**, bold where the interval leaves zero out. Nothing is tuned on the test set: choices between variants were
 made by the studies whose names begin with `select`, on rows held out of the training set. Hard and easy thirds are
-those of another model, trained on four times as many rows.
+those of another model, an MLP trained on all the rows that the runs draw theirs from.
 
 """
 
 
 def render(results: Path) -> None:
     """Write ``README.md`` in the folder of results, and every study's figures."""
-    parts = [section(chosen, results / f"study-{name}") for name, chosen in STUDIES.items()]
-    parts.append(human_section(results / "study-human"))
+    parts = [claims.section(results)]
+    parts += [section(chosen, results / chosen.folder) for chosen in STUDIES.values()]
+    parts += [human_section(results / "study-human"), overhead_section(results / "study-overhead")]
     write(results / "README.md", HEAD + "".join(parts).rstrip() + "\n")

@@ -25,6 +25,7 @@ class Study:
         drawn: so many of them, the first, are in the figure.
         on_test: False for choices between variants, which go by the selection set.
         margins: whether the change of margin by bucket is drawn.
+        shares: the name of the study whose runs these are, seen by other measures; its own by default.
         finding: what came out, in words.
     """
 
@@ -37,7 +38,13 @@ class Study:
     drawn: int = 1
     on_test: bool = True
     margins: bool = False
+    shares: str = ""
     finding: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where its runs are stored, among all results."""
+        return f"study-{self.shares or self.name}"
 
     def runs(self, seeds: int) -> list[tuple[Setting, Method, int]]:
         """Seed by seed, so that a stop leaves paired runs; plain training first, by which others split."""
@@ -68,6 +75,7 @@ def held_out(name: str, **arguments: Any) -> Method:
 
 HELD_OUT = held_out("held out")
 TRAINED_ON_TOO = molere("trained on too", hold_out=False)
+TRIMMED = held_out("trimmed", splitter="trimmed")
 BOUNDED = held_out("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2)
 
 
@@ -90,6 +98,19 @@ ORDERING = Study(
     "the under-fitted one it is the missing rows, hard ones above all, and MOLERE pays as much as plain training "
     "without them. Held: hard validation moves margin from easy to hard instances, in the fitted regime less than "
     "random validation does. At its default rate φ changes little either way.",
+)
+
+GROWTH = Study(
+    "growth",
+    "How does the order of easy, random, hard and learned validation depend on the number of training rows, of epochs "
+    "and of hidden units, from under-fitted to fitted? Each setting differs from `fitted` in one of them.",
+    (
+        *(replace(FITTED, name=f"{rows:,} rows", rows=rows) for rows in (1_000, 20_000)),
+        *(replace(FITTED, name=f"{epochs} epochs", epochs=epochs) for epochs in (4, 40)),
+        *(replace(FITTED, name=f"{hidden} hidden units", hidden=hidden) for hidden in (16, 1_024)),
+    ),
+    (ERM, *LRW.values(), MOLERE, HELD_OUT),
+    seeds=3,
 )
 
 SELECT = Study(
@@ -150,6 +171,7 @@ NOISE = Study(
         MOLERE,
         HELD_OUT,
         TRAINED_ON_TOO,
+        TRIMMED,
         BOUNDED,
         TRUSTED,
         TRUSTED_BOUNDED,
@@ -234,7 +256,7 @@ ARCHITECTURE = Study(
         for model, lr in MODELS.items()
         for name, labels in (("clean labels", "label"), ("worst labels", "label_worst"))
     ),
-    (ERM, LRW["Random"], MOLERE),
+    (ERM, LRW["Random"], MOLERE, HELD_OUT),
     seeds=3,
     measures=("accuracy", "margin", "hard_third_by_margin", "easy_third_by_margin", "nll", "train_accuracy"),
 )
@@ -325,18 +347,58 @@ BASELINES = Study(
         Setting("worst labels, lr 0.02", labels="label_worst", lr=0.02),
         Setting("long tail 100, lr 0.006", imbalance=100.0),
     ),
-    (ERM, *baselines.CHOSEN, MOLERE),
+    (ERM, *baselines.CHOSEN, MOLERE, HELD_OUT),
     measures=("accuracy", "worst_class", "hard_third_by_margin", "nll", "ece"),
+)
+
+CALIBRATION = replace(
+    BASELINES,
+    name="calibration",
+    question="Are the probabilities to be trusted? The runs of `baselines` by proper scores (negative log-likelihood, "
+    "Brier score) and by expected calibration error in 15 bins: smaller is better in all three.",
+    measures=("nll", "brier", "ece", "accuracy"),
+    drawn=3,
+    shares=BASELINES.name,
+    finding="",
+)
+
+GAP = Study(
+    "gap",
+    "Is a gain more than overfitting to hard rows? Easy and hard thirds of the test set, by the margin and by the loss "
+    "of another model; the gap between the loss on the training rows and on 2,000 others with labels of the same kind; "
+    "and the test accuracy had one stopped at the first epoch that changes the gap by less than a tenth of it "
+    "(`stable`), or at the least validation loss (`least`).",
+    tuple(
+        replace(FITTED, name=f"{name}, lr {lr:g}", labels=labels, lr=lr, validated=2_000)
+        for name, labels in (("clean", "label"), ("worst labels", "label_worst"))
+        for lr in (0.006, 0.02)
+    ),
+    (ERM, LRW["Random"], MOLERE, HELD_OUT),
+    measures=(
+        "accuracy",
+        "hard_third_by_margin",
+        "easy_third_by_margin",
+        "hard_third_by_loss",
+        "easy_third_by_loss",
+        "gap",
+        "accuracy_stable",
+        "epoch_stable",
+        "accuracy_least",
+        "epoch_least",
+    ),
 )
 
 STUDIES = {
     study.name: study
     for study in (
         ORDERING,
+        GROWTH,
+        BASELINES,
         NOISE,
         IMBALANCE,
         SHIFT,
-        BASELINES,
+        GAP,
+        CALIBRATION,
         ARCHITECTURE,
         SELECT,
         SELECT_RATE,

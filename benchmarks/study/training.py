@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.results import write
 from benchmarks.study import baselines
 from benchmarks.study.budget import batches_in, classifier, optimisation
+from benchmarks.study.gap import Curve
 from benchmarks.study.measures import Reference, logits, measure
 from benchmarks.study.methods import Method, reweighter
 from benchmarks.study.problems import SHIFTS, Corpus, Problem, Rows, Setting
@@ -39,19 +40,27 @@ class Trained:
 
 
 def train(
-    setting: Setting, method: Method, problem: Problem, classes: int, seed: int, erm_margins: Tensor | None = None
+    setting: Setting,
+    method: Method,
+    problem: Problem,
+    classes: int,
+    seed: int,
+    erm_margins: Tensor | None = None,
+    after_epoch: Callable[[nn.Module], None] | None = None,
 ) -> Trained:
     """Train once.
 
     Args:
         erm_margins: ``(N,)``, of plain training with the same seed; needed where easy or hard rows are set apart.
+        after_epoch: called with the model after each, its time not counted.
     """
     apart = method.rows_apart(problem, seed, erm_margins)
     everything = np.arange(len(problem.labels))
     rows = np.setdiff1d(everything, apart) if method.held_out else everything
     torch.manual_seed(seed)
     model = classifier(setting, problem.inputs, classes)
-    steps = setting.epochs * batches_in(len(rows), setting.batch_size)
+    each = batches_in(len(rows), setting.batch_size)
+    steps = setting.epochs * each
     optimizer, scheduler = optimisation(model, setting, steps)
     weighing: MetaReweighter | None = None
     if method.weighs in ("fixed", "molere"):
@@ -61,7 +70,8 @@ def train(
     sums, counts = torch.zeros(len(everything)), torch.zeros(len(everything))
     start = time.perf_counter()
     objective = baselines.objective(method, setting, problem, apart, model, classes, seed)
-    for batch in baselines.batches(method, setting, problem, rows, model, classes, seed):
+    stream = baselines.batches(method, setting, problem, rows, model, classes, seed)
+    for number, batch in enumerate(stream, start=1):
         inputs, labels = problem.inputs[batch], problem.labels[batch]
         if weighing is None:
             losses = F.cross_entropy(model(inputs), labels, reduction="none")
@@ -73,6 +83,10 @@ def train(
         else:
             weighing.step((inputs, labels, batch))
         scheduler.step()
+        if after_epoch is not None and number % each == 0:
+            paused = time.perf_counter()
+            after_epoch(model)
+            start += time.perf_counter() - paused
     seconds = time.perf_counter() - start
     if weighing is not None:
         weighing.close()
@@ -103,7 +117,9 @@ class Laboratory:
         """Train and measure once: a row of the study's table."""
         problem = self._problem_of(setting, seed)
         margins = self._erm_margins(setting, seed) if method.apart in ("easy", "hard") else None
-        trained = train(setting, method, problem, self.corpus.classes, seed, margins)
+        curve = Curve(problem) if setting.validated else None
+        after_epoch = None if curve is None else curve.observe
+        trained = train(setting, method, problem, self.corpus.classes, seed, margins, after_epoch)
         if method.name == "ERM":
             self._keep_margins(setting, seed, trained.model, problem)
         numbers: dict[str, Any] = {"setting": setting.name, "method": method.name, "seed": seed}
@@ -113,6 +129,8 @@ class Laboratory:
                 numbers |= measure(outputs, targets, self.reference)
             else:
                 numbers[f"accuracy_{name}"] = (outputs.argmax(dim=1) == targets).double().mean().item()
+        if curve is not None:
+            numbers |= curve.numbers()
         if setting.trusted_shifts:
             numbers |= _seen_and_unseen(numbers, setting.trusted_shifts)
         fitted = logits(trained.model, problem.inputs[trained.rows])

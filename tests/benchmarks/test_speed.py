@@ -66,6 +66,17 @@ def test_every_contender_is_timed_once_a_round():
     assert called == {"a": 4 * speed.PERIOD, "b": 4 * speed.PERIOD}
 
 
+def test_some_contenders_alone(tmp_path):
+    arguments = ["steps", "--models", "mlp", "--optimizers", "sgd", "--rounds", "1", "--batch", "4"]
+    done = CliRunner().invoke(
+        speed.app, [*arguments, "--only", "as shipped", "--only", "higher", "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.glob("*.csv")
+    expected = {"ERM", *(name for name in CONTENDERS if "as shipped" in name or "higher" in name)}
+    assert len(expected) > 3 and set(pd.read_csv(path).contender) == expected
+
+
 @pytest.mark.parametrize("command", ["steps", "error"])
 def test_commands_store_their_results(command, tmp_path):
     options = {"steps": ["--rounds", "1", "--batch", "4"], "error": ["--training-steps", "4", "--seeds", "1"]}[command]

@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 from benchmarks.datasets import DataOptions
 from benchmarks.features import PatchOptions
 from benchmarks.study import __main__ as command_line
-from benchmarks.study import people, rendering, studies
+from benchmarks.study import claims, gap, overhead, people, rendering, studies
 from benchmarks.study.measures import Reference, measure
-from benchmarks.study.methods import ERM, LRW, MOLERE, Method
+from benchmarks.study.methods import ERM, LRW, MOLERE, Method, TrimmedSplitter
 from benchmarks.study.problems import SHIFTS, Corpus, Setting, shifted
 from benchmarks.study.store import Stored, described
-from benchmarks.study.training import Laboratory
+from benchmarks.study.training import Laboratory, train
+from torch_molere import Samples
 
 CLASSES = 3
 TINY = Setting("tiny", rows=60, hidden=8, epochs=3, batch_size=16)
@@ -290,7 +291,8 @@ def test_agreement_with_people(tmp_path, corpus, monkeypatch):
         monkeypatch.setitem(corpus.labels, name, np.where(missed, (rows + 1) % CLASSES, rows))
     wrong = np.where(np.arange(len(rows)) % 4 == 0, (rows + 1) % CLASSES, rows)
     monkeypatch.setitem(corpus.labels, "label_aggregate", wrong)
-    monkeypatch.setattr(people, "SETTING", TINY)
+    chosen = replace(people.STUDY, settings=(TINY,))
+    monkeypatch.setattr(people, "STUDY", chosen)
 
     def scores(corpus, setting, method, problem, seed):
         missed = sum(corpus.labels[name][problem.source] != problem.clean.numpy() for name in people.ANNOTATORS)
@@ -300,8 +302,9 @@ def test_agreement_with_people(tmp_path, corpus, monkeypatch):
     real = people._scores
     monkeypatch.setattr(people, "_scores", scores)
     stored = Stored(tmp_path / "study-human")
+    stored.start(command_line._config(chosen, "tiny", PatchOptions(), corpus))
     for _ in range(2):
-        command_line._people(corpus, stored, "tiny", PatchOptions(), 3)
+        command_line.add_missing(chosen, people.rows, corpus, stored, 3)
     frame = stored.frame()
     clean, noisy = (frame[frame.setting == name] for name in ("clean labels", "label_aggregate"))
     assert (clean[clean.method == "people"].spearman > 0.999).all()
@@ -313,6 +316,113 @@ def test_agreement_with_people(tmp_path, corpus, monkeypatch):
     page = rendering.human_section(tmp_path / "study-human")
     assert "| truth | " in page and "| 1.000 ± 0.000 | 1.000 ± 0.000 |" in page
     assert rendering.human_section(tmp_path / "nothing") == ""
+
+
+def test_validation_rows_are_others_of_the_same_kind(corpus):
+    setting = replace(TINY, rows=50, labels="label_worst", validated=20)
+    problem, without = (corpus.problem(s, 0, on_test=True) for s in (setting, replace(setting, validated=0)))
+    assert problem.source.tolist() == without.source.tolist()
+    inputs, labels = problem.validation
+    found = (corpus.inputs[:, None] == inputs).all(dim=2).int().argmax(dim=0).numpy()  # the rows in the training file
+    assert len(set(found)) == 20 and set(found) <= set(corpus.pool) and not set(found) & set(problem.source)
+    assert labels.tolist() == corpus.labels["label_worst"][found].tolist()
+    assert without.validation is None
+
+
+def test_the_curve_is_of_the_model_after_each_epoch(corpus, laboratory):
+    setting = replace(TINY, validated=20, epochs=4)
+    row = laboratory.run(setting, ERM, 0)
+    problem, seen = corpus.problem(setting, 0, on_test=True), []
+
+    def after_epoch(model):
+        (inputs, labels), (test, targets) = problem.validation, problem.evaluations["clean"]
+        losses = [F.cross_entropy(model(x), y).item() for x, y in ((inputs, labels), (problem.inputs, problem.labels))]
+        seen.append((losses[0] - losses[1], losses[0], (model(test).argmax(1) == targets).double().mean().item()))
+
+    plain = train(setting, ERM, problem, CLASSES, 0, after_epoch=after_epoch)
+    gaps, losses, accuracies = zip(*seen, strict=True)
+    assert len(seen) == 4 and len(set(gaps)) == 4
+    assert [row[f"gap_{epoch}"] for epoch in range(1, 5)] == pytest.approx(gaps, abs=1e-6)
+    assert [row[f"accuracy_{epoch}"] for epoch in range(1, 5)] == pytest.approx(accuracies)
+    assert row["gap"] == row["gap_4"] and row["accuracy"] == row["accuracy_4"]
+    assert row["epoch_least"] == 1 + np.argmin(losses)
+    assert row["accuracy_stable"] == row[f"accuracy_{row['epoch_stable']:.0f}"]
+    unwatched = train(setting, ERM, problem, CLASSES, 0)
+    torch.testing.assert_close(plain.model.state_dict(), unwatched.model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_first_stable_gap_by_hand():
+    assert gap.first_stable([0.0, 0.5, 0.8, 0.85, 0.86]) == 3
+    assert gap.first_stable([0.5, 1.0, 2.0]) == 2
+    assert gap.first_stable([-0.1, -0.1, 1.0]) == 1
+    assert gap.first_stable([0.3]) == 0
+
+
+def test_trimmed_instances_stay_in_training():
+    splitter = TrimmedSplitter(0)
+    outputs, targets = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    samples = Samples(((outputs,), {}), targets, outputs, losses, outputs.argmax(1) == targets)
+    found, learned = splitter(samples), splitter.learned(samples)
+    lowest = samples.margins.argsort()[:2]
+    others = np.setdiff1d(np.arange(20), lowest)
+    assert found[lowest].tolist() == [1.0, 1.0] and (learned[lowest] < 1.0).all()
+    assert torch.equal(found[others], learned[others])
+
+
+def test_claims_are_judged_by_paired_differences(tmp_path, monkeypatch):
+    frame = pd.DataFrame(
+        [
+            (setting, method, seed, 0.5 + 0.01 * seed + change + jitter * (-1) ** seed)
+            for setting, change, jitter in (("up", 0.02, 0.001), ("down", -0.03, 0.001), ("unclear", 0.001, 0.02))
+            for seed in range(4)
+            for method, change, jitter in (("ERM", 0.0, 0.0), ("MOLERE", change, jitter))
+        ],
+        columns=["setting", "method", "seed", "accuracy"],
+    )
+    chosen = studies.Study("noise", "?", tuple(replace(TINY, name=name) for name in set(frame.setting)), (ERM, MOLERE))
+    monkeypatch.setattr(claims, "STUDIES", {name: chosen for name in studies.STUDIES})
+    monkeypatch.setattr(claims, "CLAIMS", (claims.Claim("it helps", "MOLERE", "ERM", "accuracy", ("noise",)),))
+    assert claims.section(tmp_path) == ""
+    Stored(tmp_path / "study-noise").folder.mkdir()
+    Stored(tmp_path / "study-noise").add(frame.to_dict("records"))
+    half = 100 * scipy.stats.t.ppf(0.975, 3) * np.std([0.001, -0.001] * 2, ddof=1) / 2
+    up, down = (f"noise: {name} ({change} ± {half:.1f})" for name, change in (("up", "+2.0"), ("down", "-3.0")))
+    assert f"| it helps | {up} | {down} | 1 of 3 |" in claims.section(tmp_path)
+
+
+def test_every_claim_is_about_methods_and_measures_that_are_studied():
+    for claim in claims.CLAIMS:
+        for name in claim.studies:
+            chosen = studies.STUDIES[name]
+            assert {claim.method, claim.other} <= {method.name for method in chosen.methods}, (claim.text, name)
+            assert claim.measure in rendering.NAMES
+
+
+def test_overhead_is_of_processes_of_their_own(corpus, tmp_path, monkeypatch):
+    heavy = Method("all rows many times", "rho", arguments={"share": 0.05})
+    chosen = replace(overhead.STUDY, settings=(replace(TINY, hidden=2_000, epochs=2),), methods=(ERM, MOLERE, heavy))
+    monkeypatch.setattr(overhead, "STUDY", chosen)
+    stored = Stored(tmp_path / "study-overhead")
+    stored.start(command_line._config(chosen, "tiny", PatchOptions(), corpus))
+    command_line.add_missing(chosen, overhead.costs, corpus, stored, 1)
+    frame = stored.frame().set_index("method")
+    assert set(frame.index) == {method.name for method in chosen.methods}
+    assert (frame.added >= 0).all() and frame.seconds[heavy.name] > frame.seconds["ERM"] > 0
+    assert rendering.overhead_section(stored.folder) == ""  # too few seeds
+    for seed in (1, 2):
+        stored.add([{**row, "seed": seed} for row in stored.frame()[lambda f: f.seed == 0].to_dict("records")])
+    ratio = frame.seconds["MOLERE"] / frame.seconds["ERM"]
+    assert f"| MOLERE | {ratio:.2f} ± 0.00 |" in rendering.overhead_section(stored.folder)
+
+
+def test_a_study_may_look_at_the_runs_of_another(finished, monkeypatch):
+    view = replace(STUDY, name="calibration", shares="tiny", measures=("ece",), margins=False)
+    monkeypatch.setattr(rendering, "STUDIES", {"tiny": STUDY, "calibration": view})
+    rendering.render(finished.folder.parent)
+    page = (finished.folder.parent / "README.md").read_text()
+    assert "## `calibration`" in page and "(study-tiny/calibration.png)" in page
+    assert (finished.folder / "calibration.png").exists()
 
 
 def test_the_stored_page_is_what_the_stored_files_say(tmp_path):

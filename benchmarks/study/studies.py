@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -274,6 +275,39 @@ SELECT_ARCHITECTURE = Study(
     on_test=False,
 )
 
+TRUSTED_SETTINGS = (
+    Setting("worst labels, 1,000 trusted", 10_000, labels="label_worst", trusted=1_000, hidden=512, epochs=30, lr=0.02),
+    Setting(
+        "long tail 100, 200 trusted",
+        None,
+        imbalance=100.0,
+        trusted=200,
+        trusted_by_class=True,
+        hidden=512,
+        epochs=30,
+        lr=0.02,
+    ),
+)
+
+
+def trusting(weighting_lr: float, every: int) -> Method:
+    """Learned reweighting against the trusted rows, its weighting at some rate."""
+    arguments = {"signals": ALL_SIGNALS, "weighting_lr": weighting_lr, "every": every}
+    return replace(
+        TRUSTED, name=f"LRW, trusted rows, φ 1e{round(math.log10(weighting_lr))}, every {every}", arguments=arguments
+    )
+
+
+SELECT_TRUSTED = Study(
+    "select-trusted",
+    "How fast should the weighting learn from trusted rows, in longer training than that of `noise` and `imbalance`?",
+    TRUSTED_SETTINGS,
+    (ERM, trusting(1e-2, 5), trusting(1e-3, 5), trusting(1e-3, 1), trusting(1e-4, 1)),
+    seeds=2,
+    measures=("accuracy", "worst_class", "nll", "train_accuracy"),
+    on_test=False,
+)
+
 RATES = (0.002, 0.006, 0.02)
 
 
@@ -405,5 +439,6 @@ STUDIES = {
         SELECT_ARCHITECTURE,
         SELECT_HOLD_OUT,
         SELECT_BASELINES,
+        SELECT_TRUSTED,
     )
 }

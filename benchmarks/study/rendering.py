@@ -41,6 +41,9 @@ NAMES = {
     "accuracy_least": "stopped at the least loss, %",
     "epoch_least": "its epoch",
 }
+COLUMNS = 4
+"""Of panels, where a figure has one measure."""
+
 COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -93,26 +96,31 @@ def _panel(axes: Axes, part: pd.DataFrame, setting: str, methods: Sequence[str],
 
 
 def figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path: Path) -> None:
-    """One panel for each setting, one row of them for each measure drawn."""
+    """One panel for each setting and each measure drawn: a row of them a measure, or of one measure several."""
     present = set().union(*(set(part["method"]) for _, part in parts))
     methods = [method.name for method in chosen.methods if method.name in present and method.name != "ERM"]
+    cells = [(measure, *part) for measure in chosen.measures[: chosen.drawn] for part in parts]
+    columns = min(len(parts), COLUMNS) if chosen.drawn == 1 else len(parts)
+    rows = -(-len(cells) // columns)
     with plt.rc_context(STYLE):
         drawn, panels = plt.subplots(
-            chosen.drawn,
-            len(parts),
-            figsize=(2.6 + 2.4 * len(parts), 0.5 + chosen.drawn * (0.8 + 0.36 * len(methods))),
+            rows,
+            columns,
+            figsize=(2.6 + 2.4 * columns, 0.5 + rows * (0.8 + 0.36 * len(methods))),
             sharey=True,
             squeeze=False,
             layout="constrained",
             dpi=150,
         )
-        for row, measure in zip(panels, chosen.measures, strict=False):
-            for axes, (setting, part) in zip(row, parts, strict=True):
-                _panel(axes, part, setting, methods, measure)
-            row[0].set_yticks(range(len(methods)), methods)
-            row[0].set_ylim(len(methods) - 0.5, -0.6)
+        for axes, (measure, setting, part) in zip(panels.flat, cells, strict=False):
+            _panel(axes, part, setting, methods, measure)
+        for axes in panels.flat[len(cells) :]:
+            axes.set_visible(False)
+        for row, first in enumerate(panels[:, 0]):
+            first.set_yticks(range(len(methods)), methods)
+            first.set_ylim(len(methods) - 0.5, -0.6)
             if chosen.drawn > 1:
-                row[0].set_ylabel(NAMES[measure])
+                first.set_ylabel(NAMES[chosen.measures[row]])
         names = NAMES[chosen.measures[0]] if chosen.drawn == 1 else "each"
         drawn.supxlabel(f"{names}: minus ERM, paired; 95 % interval, each seed small", fontsize=9)
         save(drawn, path)

@@ -302,8 +302,15 @@ SELECT_TRUSTED = Study(
     "select-trusted",
     "How fast should the weighting learn from trusted rows, in longer training than that of `noise` and `imbalance`?",
     TRUSTED_SETTINGS,
-    (ERM, trusting(1e-2, 5), trusting(1e-3, 5), trusting(1e-3, 1), trusting(1e-4, 1)),
-    seeds=2,
+    (
+        ERM,
+        trusting(1e-2, 5),
+        trusting(1e-3, 5),
+        trusting(1e-3, 1),
+        trusting(1e-4, 1),
+        replace(trusting(1e-3, 1), name="LRW, trusted rows held out, φ 1e-3, every 1", held_out=True),
+    ),
+    seeds=3,
     measures=("accuracy", "worst_class", "nll", "train_accuracy"),
     on_test=False,
 )

@@ -2,7 +2,9 @@
 
 A weighting is any ``nn.Module`` whose ``forward(samples: Samples)`` returns ``(B,)`` finite, non-negative weights; the
 reweighter normalises them to mean one over the training side. To write your own, that is all it takes.
-Those here start with equal weights, so that training starts as plain training.
+Those here start with equal weights, so that training starts as plain training. Theirs lie between a ``floor`` and one,
+so that no instance weighs more than ``1 / floor`` times another: where φ learns fast, without one, it soon trains on a
+few instances of each batch alone.
 """
 
 from __future__ import annotations
@@ -25,15 +27,27 @@ class SignalWeighting(nn.Module):
         signals: some of ``"loss"``, ``"margin"``, ``"probabilities"``, ``"label"``.
         hidden: width of the hidden layer.
         num_classes: needed for ``"probabilities"`` and ``"label"``.
+        floor: the least weight, in [0, 1).
+
+    Raises:
+        ValueError: if an argument is out of its range or missing.
     """
 
-    def __init__(self, signals: Sequence[str] = ("loss",), *, hidden: int = 100, num_classes: int | None = None):
+    def __init__(
+        self,
+        signals: Sequence[str] = ("loss",),
+        *,
+        hidden: int = 100,
+        num_classes: int | None = None,
+        floor: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.floor = _checked(floor)
         self.network = signal_network(Signals(signals, num_classes), hidden)
 
     def forward(self, samples: Samples) -> Tensor:
-        """``(B,)`` weights in (0, 1)."""
-        return torch.sigmoid(self.network(samples).squeeze(1))
+        """``(B,)`` weights in (floor, 1)."""
+        return _between(self.floor, self.network(samples).squeeze(1))
 
 
 class InputWeighting(nn.Module):
@@ -41,19 +55,24 @@ class InputWeighting(nn.Module):
 
     Args:
         network: maps the classifier's inputs to ``(B,)`` or ``(B, 1)``; a sigmoid makes them weights.
+        floor: the least weight, in [0, 1).
+
+    Raises:
+        ValueError: for a floor outside its range.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, floor: float = 0.0) -> None:
         super().__init__()
+        self.floor = _checked(floor)
         self.network = network
 
     @classmethod
-    def from_classifier(cls, model: nn.Module, num_outputs: int) -> InputWeighting:
+    def from_classifier(cls, model: nn.Module, num_outputs: int, *, floor: float = 0.0) -> InputWeighting:
         """A copy of the classifier as it is now, with a new linear layer on its ``(B, num_outputs)`` outputs."""
-        return cls(_Scored(copy.deepcopy(model), num_outputs))
+        return cls(_Scored(copy.deepcopy(model), num_outputs), floor=floor)
 
     def forward(self, samples: Samples) -> Tensor:
-        """``(B,)`` weights in (0, 1).
+        """``(B,)`` weights in (floor, 1).
 
         Raises:
             ValueError: if the network's output has another shape.
@@ -63,7 +82,7 @@ class InputWeighting(nn.Module):
         size = samples.losses.shape[0]
         if scores.shape not in ((size,), (size, 1)):
             raise ValueError(f"network must return ({size},) or ({size}, 1), got {tuple(scores.shape)}")
-        return torch.sigmoid(scores.reshape(size))
+        return _between(self.floor, scores.reshape(size))
 
 
 class _Scored(nn.Module):
@@ -87,17 +106,22 @@ class FreeWeighting(nn.Module):
 
     Args:
         num_samples: the number of rows N.
+        floor: the least weight, in [0, 1).
+
+    Raises:
+        ValueError: if an argument is out of its range.
     """
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, *, floor: float = 0.0) -> None:
         super().__init__()
+        self.floor = _checked(floor)
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}")
         self.scores = nn.Embedding(num_samples, 1, sparse=True)
         nn.init.zeros_(self.scores.weight)
 
     def forward(self, samples: Samples) -> Tensor:
-        """``(B,)`` weights in (0, 1).
+        """``(B,)`` weights in (floor, 1).
 
         Raises:
             ValueError: if the batch has no indices, or one is out of range.
@@ -109,7 +133,18 @@ class FreeWeighting(nn.Module):
                 f"indices must lie in [0, {self.scores.num_embeddings}), got {int(samples.indices.max())}; "
                 "make FreeWeighting(num_samples) as large as the dataset"
             )
-        return torch.sigmoid(self.scores(samples.indices).squeeze(1))
+        return _between(self.floor, self.scores(samples.indices).squeeze(1))
+
+
+def _checked(floor: float) -> float:
+    if not 0.0 <= floor < 1.0:
+        raise ValueError(f"floor must lie in [0, 1), got {floor!r}")
+    return floor
+
+
+def _between(floor: float, scores: Tensor) -> Tensor:
+    """Scores as weights from the floor to one."""
+    return floor + (1.0 - floor) * torch.sigmoid(scores)
 
 
 def normalised(weights: Tensor, training: Tensor | None) -> Tensor:

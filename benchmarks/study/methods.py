@@ -31,7 +31,7 @@ class Method:
         apart: which rows are set apart: a tenth of them (``easy`` or ``hard`` by the margins of plain training with
             the same seed, or ``random``) or the trusted ones.
         held_out: whether the rows set apart are left out of training.
-        arguments: of the reweighter; ``signals`` is what φ sees, ``splitter`` one of
+        arguments: of the reweighter; ``signals`` is what φ sees, ``floor`` its least weight, ``splitter`` one of
             :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it. Or a baseline's strength.
     """
 
@@ -110,7 +110,7 @@ def reweighter(
 ) -> MetaReweighter:
     """The reweighter that a method trains with."""
     arguments = {"warmup_steps": warmup_steps, **method.arguments}
-    signals = tuple(arguments.pop("signals", ("loss",)))
+    signals, floor = tuple(arguments.pop("signals", ("loss",))), arguments.pop("floor", 0.0)
     if (kind := arguments.pop("splitter", None)) is not None:
         arguments["splitter"] = SPLITTERS[kind](seed)
     if arguments.pop("expected_error", False):
@@ -125,7 +125,7 @@ def reweighter(
     return MetaReweighter(
         model,
         optimizer,
-        weighting=SignalWeighting(signals, num_classes=classes),
+        weighting=SignalWeighting(signals, num_classes=classes, floor=floor),
         seed=seed,
         **arguments,
     )

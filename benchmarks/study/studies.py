@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -275,43 +274,34 @@ SELECT_ARCHITECTURE = Study(
     on_test=False,
 )
 
-TRUSTED_SETTINGS = (
-    Setting("worst labels, 1,000 trusted", 10_000, labels="label_worst", trusted=1_000, hidden=512, epochs=30, lr=0.02),
-    Setting(
-        "long tail 100, 200 trusted",
-        None,
-        imbalance=100.0,
-        trusted=200,
-        trusted_by_class=True,
-        hidden=512,
-        epochs=30,
-        lr=0.02,
+FLOORS = (0.0, 0.1, 0.3)
+
+
+def floored(method: Method, floor: float) -> Method:
+    """A method whose weights stay above a floor."""
+    name = method.name if floor == 0.0 else f"{method.name}, floor {floor:g}"
+    return replace(method, name=name, arguments={**method.arguments, "floor": floor})
+
+
+SELECT_RANGE = Study(
+    "select-range",
+    "Does a least weight tame a φ that learns fast? No instance then weighs more than one divided by the floor times "
+    "another. φ at 1e-2; trusted rows are trained on, too.",
+    (
+        replace(FITTED, name="clean"),
+        replace(FITTED, name="worst labels, 500 trusted", labels="label_worst", trusted=500),
+        replace(FITTED, name="long tail 100, 100 trusted", imbalance=100.0, trusted=100, trusted_by_class=True),
     ),
-)
-
-
-def trusting(weighting_lr: float, every: int) -> Method:
-    """Learned reweighting against the trusted rows, its weighting at some rate."""
-    arguments = {"signals": ALL_SIGNALS, "weighting_lr": weighting_lr, "every": every}
-    return replace(
-        TRUSTED, name=f"LRW, trusted rows, φ 1e{round(math.log10(weighting_lr))}, every {every}", arguments=arguments
-    )
-
-
-SELECT_TRUSTED = Study(
-    "select-trusted",
-    "How fast should the weighting learn from trusted rows, in longer training than that of `noise` and `imbalance`?",
-    TRUSTED_SETTINGS,
     (
         ERM,
-        trusting(1e-2, 5),
-        trusting(1e-3, 5),
-        trusting(1e-3, 1),
-        trusting(1e-4, 1),
-        replace(trusting(1e-3, 1), name="LRW, trusted rows held out, φ 1e-3, every 1", held_out=True),
+        *(
+            floored(method, floor)
+            for method in (LRW["Random"], held_out("held out, φ 1e-2", weighting_lr=1e-2), TRUSTED)
+            for floor in FLOORS
+        ),
     ),
     seeds=3,
-    measures=("accuracy", "worst_class", "nll", "train_accuracy"),
+    measures=("accuracy", "worst_class", "hard_third_by_margin", "nll", "train_accuracy"),
     on_test=False,
 )
 
@@ -446,6 +436,6 @@ STUDIES = {
         SELECT_ARCHITECTURE,
         SELECT_HOLD_OUT,
         SELECT_BASELINES,
-        SELECT_TRUSTED,
+        SELECT_RANGE,
     )
 }

@@ -49,7 +49,8 @@ COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 
 def _shown(value: Interval, measure: str, sign: str = "") -> str:
     percent = NAMES[measure].endswith("%")
-    return value.shown(f"{sign}.2f", 100) if percent else value.shown(f"{sign}.3f")
+    digits = 1 if measure.startswith("epoch") else 3
+    return value.shown(f"{sign}.2f", 100) if percent else value.shown(f"{sign}.{digits}f")
 
 
 def table(part: pd.DataFrame, chosen: Study) -> str:

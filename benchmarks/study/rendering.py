@@ -241,6 +241,7 @@ def human_section(folder: Path) -> str:
         f"## `human`\n\n{people.STUDY.question}\n\n"
         f"{setting.rows:,} rows, MLP {setting.hidden}, {setting.epochs} epochs, {wrong:.1f} % "
         f"wrong labels, {frame['seed'].nunique()} seeds; larger is better. `{config['command']}`\n\n"
+        f"{people.STUDY.finding}\n\n"
         "| score | rank correlation | AUROC | average precision |\n| --- | ---: | ---: | ---: |\n"
         f"{''.join(rows)}\n"
     )

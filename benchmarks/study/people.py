@@ -31,7 +31,7 @@ STUDY = Study(
     "(trained on those): area under the ROC curve and average precision.",
     (FITTED,),
     (MOLERE,),
-    finding="What MOLERE keeps of every row, its mean loss and margin over training, agrees with people as the losses of "
+    finding="What MOLERE keeps of every row, its mean loss and margin, agrees with people as the losses of "
     "plain training do, and finds wrong labels about as well as they and cleanlab's scores do; cleanlab's need four "
     "more models. The final loss is worse than the mean over training. The time spent in validation says least. The "
     "mean weight ranks wrong labels the other way round: against hard instances they weigh more, not less.",

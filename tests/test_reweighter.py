@@ -106,7 +106,7 @@ def test_both_orders_equal_higher(order, engine, val_loss_fn):
         def weights(signals=signals, step=step):
             if step < 3:
                 return torch.ones(12, dtype=torch.double)
-            w = torch.sigmoid(phi.network[1:](signals)).squeeze(1)
+            w = phi.floor + (1 - phi.floor) * torch.sigmoid(phi.network[1:](signals)).squeeze(1)
             return w * len(w) / w.sum()
 
         used = weights().detach()

@@ -26,7 +26,7 @@ def samples(size=30):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_lie_between_the_floor_and_one(kind):
     torch.manual_seed(5)
-    free, floored = KINDS[kind](), KINDS[kind](floor=0.25)
+    free, floored = KINDS[kind](floor=0.0), KINDS[kind](floor=0.25)
     with torch.no_grad():
         for parameter in free.parameters():
             parameter.copy_(5.0 * torch.randn_like(parameter))

@@ -19,6 +19,9 @@ from torch_molere.evaluation import logits_of
 from torch_molere.samples import Samples
 from torch_molere.signals import Signals, signal_network, start_at
 
+FLOOR = 0.3
+"""Of the networks: the least weight, chosen on held-out training rows (the study ``select-range``)."""
+
 
 class SignalWeighting(nn.Module):
     """Weights from detached per-sample signals, through one hidden layer and a sigmoid (Meta-Weight-Net's form).
@@ -27,7 +30,7 @@ class SignalWeighting(nn.Module):
         signals: some of ``"loss"``, ``"margin"``, ``"probabilities"``, ``"label"``.
         hidden: width of the hidden layer.
         num_classes: needed for ``"probabilities"`` and ``"label"``.
-        floor: the least weight, in [0, 1).
+        floor: the least weight, in [0, 1); 0 in the paper.
 
     Raises:
         ValueError: if an argument is out of its range or missing.
@@ -39,7 +42,7 @@ class SignalWeighting(nn.Module):
         *,
         hidden: int = 100,
         num_classes: int | None = None,
-        floor: float = 0.0,
+        floor: float = FLOOR,
     ) -> None:
         super().__init__()
         self.floor = _checked(floor)
@@ -55,19 +58,19 @@ class InputWeighting(nn.Module):
 
     Args:
         network: maps the classifier's inputs to ``(B,)`` or ``(B, 1)``; a sigmoid makes them weights.
-        floor: the least weight, in [0, 1).
+        floor: the least weight, in [0, 1); 0 in the paper.
 
     Raises:
         ValueError: for a floor outside its range.
     """
 
-    def __init__(self, network: nn.Module, *, floor: float = 0.0) -> None:
+    def __init__(self, network: nn.Module, *, floor: float = FLOOR) -> None:
         super().__init__()
         self.floor = _checked(floor)
         self.network = network
 
     @classmethod
-    def from_classifier(cls, model: nn.Module, num_outputs: int, *, floor: float = 0.0) -> InputWeighting:
+    def from_classifier(cls, model: nn.Module, num_outputs: int, *, floor: float = FLOOR) -> InputWeighting:
         """A copy of the classifier as it is now, with a new linear layer on its ``(B, num_outputs)`` outputs."""
         return cls(_Scored(copy.deepcopy(model), num_outputs), floor=floor)
 

@@ -39,6 +39,10 @@ EVERYWHERE = (*ORDER, "baselines", "shift", "architecture")
 CLAIMS = (
     Claim("random validation instances serve better than easy ones", "LRW-Random", "LRW-Easy", "accuracy", ORDER[:2]),
     Claim("hard ones serve better than random ones", "LRW-Hard", "LRW-Random", "accuracy", ORDER),
+    Claim("random better than easy ones, weights with a floor", "LRW-Random, floor 0.3", "LRW-Easy, floor 0.3",
+          "accuracy", ORDER[:1]),
+    Claim("hard better than random ones, weights with a floor", "LRW-Hard, floor 0.3", "LRW-Random, floor 0.3",
+          "accuracy", ORDER[:1]),
     Claim("learned ones (held out, as in the paper) better than hard ones", "MOLERE, held out", "LRW-Hard", "accuracy",
           ORDER),
     Claim("MOLERE, held out, is more accurate than plain training", "MOLERE, held out", "ERM", "accuracy", EVERYWHERE),
@@ -49,6 +53,7 @@ CLAIMS = (
           "LRW, random rows, φ 1e-2", "accuracy_seen", ("shift",)),
     Claim("validating on a few trusted rows is better than only training on them", "LRW, trusted rows", "ERM",
           "accuracy", ("noise", "imbalance")),
+    Claim("the same, weights with a floor", "LRW, trusted rows, floor 0.3", "ERM", "accuracy", ("noise", "imbalance")),
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from benchmarks.study.problems import Problem, Rows
 from torch_molere import LearnedSplitter, MetaReweighter, RandomSplitter, Samples, SignalWeighting, expected_error
+from torch_molere.weighting import FLOOR
 
 VALIDATION_SHARE = 0.1
 TRIMMED_SHARE = 0.1
@@ -31,8 +32,8 @@ class Method:
         apart: which rows are set apart: a tenth of them (``easy`` or ``hard`` by the margins of plain training with
             the same seed, or ``random``) or the trusted ones.
         held_out: whether the rows set apart are left out of training.
-        arguments: of the reweighter; ``signals`` is what φ sees, ``floor`` its least weight, ``splitter`` one of
-            :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it. Or a baseline's strength.
+        arguments: of the reweighter; ``signals`` is what φ sees, ``floor`` its least weight (0 unless given),
+            ``splitter`` one of :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it. Or a baseline's strength.
     """
 
     name: str
@@ -136,4 +137,5 @@ LRW = {
     name: Method(f"LRW-{name}", "fixed", name.lower(), arguments={"weighting_lr": 1e-2})  # type: ignore[arg-type]
     for name in ("Easy", "Random", "Hard")
 }
-MOLERE = Method("MOLERE", "molere")
+MOLERE = Method("MOLERE", "molere", arguments={"floor": FLOOR})
+"""At the library's defaults; every other method is without a floor unless it says so, as in the paper."""

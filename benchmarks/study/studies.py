@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.study import baselines
 from benchmarks.study.methods import ERM, LRW, MOLERE, Method
 from benchmarks.study.problems import Setting
+from torch_molere.weighting import FLOOR
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,15 @@ TRIMMED = held_out("trimmed", splitter="trimmed")
 BOUNDED = held_out("expected error, half random, φ 1e-2", expected_error=True, splitter="mixed", weighting_lr=1e-2)
 
 
+FLOORS = (0.0, 0.1, 0.3)
+
+
+def floored(method: Method, floor: float) -> Method:
+    """A method whose weights stay above a floor."""
+    name = method.name if floor == 0.0 else f"{method.name}, floor {floor:g}"
+    return replace(method, name=name, arguments={**method.arguments, "floor": floor})
+
+
 ORDERING = Study(
     "ordering",
     "Is easy < random < hard < MOLERE, and is it the weights or the rows? φ at 1e-2 moves in these few steps about as "
@@ -88,6 +98,7 @@ ORDERING = Study(
         ERM,
         *LRW.values(),
         *(method.control for method in LRW.values()),
+        *(floored(method, FLOOR) for method in LRW.values()),
         MOLERE,
         HELD_OUT,
         held_out("held out, φ 1e-2", weighting_lr=1e-2),
@@ -175,6 +186,7 @@ NOISE = Study(
         TRIMMED,
         BOUNDED,
         TRUSTED,
+        floored(TRUSTED, FLOOR),
         TRUSTED_BOUNDED,
     ),
     measures=("accuracy", "margin", "hard_third_by_margin", "nll", "ece", "train_accuracy"),
@@ -209,6 +221,7 @@ IMBALANCE = Study(
         TRAINED_ON_TOO,
         BOUNDED,
         TRUSTED,
+        floored(TRUSTED, FLOOR),
         TRUSTED_BOUNDED,
     ),
     measures=("balanced_accuracy", "worst_class", "accuracy", "nll"),
@@ -281,15 +294,6 @@ SELECT_ARCHITECTURE = Study(
     on_test=False,
 )
 
-FLOORS = (0.0, 0.1, 0.3)
-
-
-def floored(method: Method, floor: float) -> Method:
-    """A method whose weights stay above a floor."""
-    name = method.name if floor == 0.0 else f"{method.name}, floor {floor:g}"
-    return replace(method, name=name, arguments={**method.arguments, "floor": floor})
-
-
 SELECT_RANGE = Study(
     "select-range",
     "Does a least weight tame a φ that learns fast? No instance then weighs more than one divided by the floor times "
@@ -323,7 +327,7 @@ def at_rates(setting: Setting, rates: Sequence[float]) -> tuple[Setting, ...]:
 SELECT_HOLD_OUT = Study(
     "select-hold-out",
     "When should validation instances be left out of training: always, never, or from the moment the classifier "
-    "overfits (the default, `hold_out='auto'`)?",
+    "overfits (`hold_out='auto'`, the default)?",
     (
         UNDERFITTED,
         replace(UNDERFITTED, name="8 epochs", epochs=8),
@@ -333,7 +337,7 @@ SELECT_HOLD_OUT = Study(
         *at_rates(replace(FITTED, name="symmetric 40 %", labels="symmetric:0.4"), RATES[1:]),
         *at_rates(replace(FITTED, name="long tail 100", imbalance=100.0), RATES[1:]),
     ),
-    (ERM, HELD_OUT, TRAINED_ON_TOO, MOLERE),
+    (ERM, HELD_OUT, TRAINED_ON_TOO, molere("held out from overfitting on")),
     seeds=3,
     measures=("accuracy", "hard_third_by_margin", "nll", "train_accuracy"),
     on_test=False,

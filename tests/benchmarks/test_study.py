@@ -24,11 +24,11 @@ from benchmarks.features import PatchOptions
 from benchmarks.study import __main__ as command_line
 from benchmarks.study import claims, gap, overhead, people, rendering, studies
 from benchmarks.study.measures import Reference, measure
-from benchmarks.study.methods import ERM, LRW, MOLERE, Method, TrimmedSplitter
+from benchmarks.study.methods import ERM, LRW, MOLERE, Method, TrimmedSplitter, reweighter
 from benchmarks.study.problems import SHIFTS, Corpus, Setting, shifted
 from benchmarks.study.store import Stored, described
 from benchmarks.study.training import Laboratory, train
-from torch_molere import Samples
+from torch_molere import MetaReweighter, Samples
 
 CLASSES = 3
 TINY = Setting("tiny", rows=60, hidden=8, epochs=3, batch_size=16)
@@ -176,6 +176,21 @@ def test_measures_agree_with_other_libraries():
     assert found["easy_third_by_margin"] == pytest.approx(right[200:].mean())
     assert sum(found[f"count_bucket_{b}"] for b in range(10)) == 300
     assert np.nanmean([found[f"margin_bucket_{b}"] for b in range(10)]) == pytest.approx(found["margin"], abs=0.05)
+
+
+def test_molere_is_studied_at_the_librarys_defaults(corpus):
+    problem = corpus.problem(TINY, 0, on_test=True)
+    model = torch.nn.Linear(problem.inputs.shape[1], CLASSES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    studied = reweighter(MOLERE, problem, np.empty(0, dtype=int), model, optimizer, CLASSES, 16, 500, seed=0)
+    default = MetaReweighter(model, optimizer)
+    for name in ("every", "order", "engine"):
+        assert getattr(studied, name) == getattr(default, name)
+    assert studied.holdout.hold_out == default.holdout.hold_out
+    assert studied.weighting.floor == default.weighting.floor > 0
+    assert studied.weighting_optimizer.defaults == default.weighting_optimizer.defaults
+    plain = reweighter(LRW["Random"], problem, np.arange(6), model, optimizer, CLASSES, 16, 500, seed=0)
+    assert plain.weighting.floor == 0
 
 
 def test_every_method_trains_on_the_rows_it_says(laboratory):

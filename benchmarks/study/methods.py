@@ -33,7 +33,8 @@ class Method:
             the same seed, or ``random``) or the trusted ones.
         held_out: whether the rows set apart are left out of training.
         arguments: of the reweighter; ``signals`` is what φ sees, ``floor`` its least weight (0 unless given),
-            ``splitter`` one of :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it. Or a baseline's strength.
+            ``splitter`` one of :data:`SPLITTERS`, ``expected_error`` whether validation is measured by it. Or a
+            baseline's strength.
     """
 
     name: str

@@ -81,12 +81,14 @@ def reported(frame: pd.DataFrame, chosen: Study) -> list[tuple[str, pd.DataFrame
 
 
 def verdicts(claim: Claim, results: Path) -> Iterator[tuple[str, Interval]]:
-    """Each setting with the paired difference there."""
+    """Each setting with the paired difference there; the first of those that are the same runs by another name."""
+    seen = set()
     for name in claim.studies:
         chosen = STUDIES[name]
         for setting, part in reported(Stored(results / chosen.folder).frame(), chosen):
             change = difference(part, claim.method, claim.measure, claim.other)
-            if change.half == change.half:  # not NaN
+            if change.half == change.half and change not in seen:  # not NaN
+                seen.add(change)
                 yield f"{name}: {setting}", change
 
 

@@ -43,6 +43,11 @@ CLAIMS = (
           "accuracy", ORDER[:1]),
     Claim("hard better than random ones, weights with a floor", "LRW-Hard, floor 0.3", "LRW-Random, floor 0.3",
           "accuracy", ORDER[:1]),
+    *(
+        Claim(f"weights against {kind.lower()} rows, with a floor, are better than equal ones on the same rows",
+              f"LRW-{kind}, floor 0.3", f"ERM on LRW-{kind}'s rows", "accuracy", ORDER[:1])
+        for kind in ("Easy", "Random", "Hard")
+    ),
     Claim("learned ones (held out, as in the paper) better than hard ones", "MOLERE, held out", "LRW-Hard", "accuracy",
           ORDER),
     Claim("MOLERE, held out, is more accurate than plain training", "MOLERE, held out", "ERM", "accuracy", EVERYWHERE),

@@ -106,10 +106,10 @@ ORDERING = Study(
     margins=True,
     finding="Not held: easy < random < hard in accuracy. With a φ at 1e-2 and no floor the weights cost points that"
     " the missing rows do not; on the way they move margin from easy to hard instances. With a floor of 0.3"
-    " nearly all of that is gone, and what is left is near plain training on the same rows. Beside that the"
-    " order does hold in the under-fitted regime: weights learned against easy rows cost a point there, "
-    "against random and hard rows they gain, against hard ones most, nearly as much as holding these out "
-    "costs. In the fitted regime the weights change nothing clear. MOLERE at its defaults is as plain "
+    " nearly all of that is gone, and what is left is near plain training on the same rows. Beside that an "
+    "order does show in the under-fitted regime: weights learned against easy rows cost a point there, "
+    "against random rows nothing is clear, and against hard rows they gain nearly as much as holding these "
+    "out costs. In the fitted regime they change nothing clear. MOLERE at its defaults is as plain "
     "training.",
 )
 

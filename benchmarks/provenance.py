@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     elif device.type != "cpu":
         found["accelerator"] = device.type
     return found
+
+
+def machine_name(config: Mapping[str, Any]) -> str:
+    """The machine of a stored configuration in words."""
+    machine = config["machine"]
+    name: str = machine.get("accelerator") or f"{machine['cores']} cores of an {machine['processor']}"
+    return name
 
 
 def _version(name: str) -> str | None:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from benchmarks import results
 from benchmarks.contenders import CONTENDERS
+from benchmarks.provenance import machine_name
 from benchmarks.ranks import summarised
 from benchmarks.speed import summary
 from benchmarks.speed_figures import draw_growth
@@ -53,7 +54,7 @@ def comparisons(stored: Path) -> str:
         summaries = results.summarise(pd.read_csv(table))
         parts.append(
             f"### {title}\n\n"
-            f"{ran['train_rows']:,} training rows, {ran['recipe']['epochs']} epochs, on {_machine(config)}; "
+            f"{ran['train_rows']:,} training rows, {ran['recipe']['epochs']} epochs, on {machine_name(config)}; "
             "± is the 95 % interval over seeds, differences are paired by seed.\n\n"
             f"{results.markdown(summaries)}\n"
             f"![Test accuracy by method and change of margin: {title}](benchmarks/results/{folder}/compare.png)\n\n"
@@ -81,16 +82,14 @@ def speed(stored: Path) -> str:
             sources.append(_config(path))
     if not sources:
         return "Not measured yet.\n"
-    rows = [["", *columns], ["---", *["---:"] * len(columns)]]
-    rows += [[name, *(column.get(name, "–") for column in columns.values())] for name in CONTENDERS]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in CONTENDERS]
     versions = sources[0]["versions"]
     return (
         f"Medians of the ratio to one plain training step of the same round, batch {sources[0]['batch']}, on "
-        f"{_machine(sources[0])}; torch {versions['torch']}, betty-ml {versions['betty-ml']}, torchopt "
+        f"{machine_name(sources[0])}; torch {versions['torch']}, betty-ml {versions['betty-ml']}, torchopt "
         f"{versions['torchopt']}, higher {versions['higher']}. The lines “gradient” are one meta-gradient alone, in "
         "the same unit. Memory is the peak of a whole process of its own.\n\n"
-        f"{table}\n"
+        f"{results.markdown_table([['', *columns], *rows])}\n"
         + "".join(f"- `{command}`\n" for command in dict.fromkeys(s["command"] for s in sources))
         + _growth(stored)
         + _error(stored)
@@ -111,7 +110,7 @@ def ranks(stored: Path) -> str:
     ]
     return (
         f"`{config['model']}`, {config['parameters']:,} parameters ({_bytes(4 * config['parameters'])}), batch "
-        f"{config['batch']} a process with `indices`, gloo, one thread a process, on {_machine(config)}; torch "
+        f"{config['batch']} a process with `indices`, gloo, one thread a process, on {machine_name(config)}; torch "
         f"{config['versions']['torch']}. Time: a MOLERE step (`every=5`) relative to a plain one under the same "
         "wrapper, median and quartiles. Messages and bytes: what a step adds to plain training, a process. Memory: the "
         "peak of a process relative to plain training. More processes than cores share them.\n\n"
@@ -160,12 +159,6 @@ def _config(path: Path) -> dict[str, Any]:
     """What is stored beside a CSV file."""
     config: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return config
-
-
-def _machine(config: dict[str, Any]) -> str:
-    machine = config["machine"]
-    name: str = machine.get("accelerator") or f"{machine['cores']} cores of an {machine['processor']}"
-    return name
 
 
 PAGES: dict[str, dict[str, Callable[[Path], str]]] = {

@@ -222,8 +222,14 @@ def cells(summary: Summary) -> tuple[str, ...]:
 
 def markdown(summaries: Sequence[Summary]) -> str:
     """The table in Markdown."""
-    rows = [COLUMNS, ("---",) + ("---:",) * (len(COLUMNS) - 1), *map(cells, summaries)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown_table([COLUMNS, *map(cells, summaries)])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the head, as Markdown; all columns but the first are numbers."""
+    head, *others = rows
+    ruled = [head, ["---", *["---:"] * (len(head) - 1)], *others]
+    return "".join(f"| {' | '.join(row)} |\n" for row in ruled)
 
 
 def as_frame(summaries: Sequence[Summary]) -> pd.DataFrame:

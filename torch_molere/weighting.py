@@ -71,7 +71,16 @@ class InputWeighting(nn.Module):
 
     @classmethod
     def from_classifier(cls, model: nn.Module, num_outputs: int, *, floor: float = FLOOR) -> InputWeighting:
-        """A copy of the classifier as it is now, with a new linear layer on its ``(B, num_outputs)`` outputs."""
+        """A copy of the classifier as it is now, with a new linear layer on its outputs.
+
+        Args:
+            model: the classifier; what it is given and what it holds stay as they are.
+            num_outputs: the width of its ``(B, num_outputs)`` outputs.
+            floor: the least weight, in [0, 1); 0 in the paper.
+
+        Raises:
+            ValueError: for a floor outside its range.
+        """
         return cls(_Scored(copy.deepcopy(model), num_outputs), floor=floor)
 
     def forward(self, samples: Samples) -> Tensor:

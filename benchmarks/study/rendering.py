@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from benchmarks.figures import STYLE, save
-from benchmarks.results import Interval, interval, write
+from benchmarks.provenance import machine_name
+from benchmarks.results import Interval, interval, markdown_table, write
 from benchmarks.study import claims, overhead, people
 from benchmarks.study.claims import LEAST_SEEDS, difference, reported
 from benchmarks.study.problems import Setting
@@ -44,7 +45,7 @@ NAMES = {
 COLUMNS = 4
 """Of panels, where a figure has one measure."""
 
-COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#A6761D", "#C5B0D5")
 
 
 def _shown(value: Interval, measure: str, sign: str = "") -> str:
@@ -60,7 +61,7 @@ def table(part: pd.DataFrame, chosen: Study) -> str:
     """
     methods = [method.name for method in chosen.methods if method.name in set(part["method"])]
     measures = [measure for measure in chosen.measures if measure in part and part[measure].notna().any()]
-    rows = [["", *(NAMES[measure] for measure in measures)], ["---", *["---:"] * len(measures)]]
+    rows = [["", *(NAMES[measure] for measure in measures)]]
     for method in methods:
         own = part[part["method"] == method]
         cells = []
@@ -72,11 +73,7 @@ def table(part: pd.DataFrame, chosen: Study) -> str:
             text = _shown(change, measure, "+")
             cells.append(f"**{text}**" if abs(change.mean) > change.half else text)
         rows.append([method, *cells])
-    return _table(rows)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown_table(rows)
 
 
 def _panel(axes: Axes, part: pd.DataFrame, setting: str, methods: Sequence[str], measure: str) -> None:
@@ -134,7 +131,7 @@ def margin_figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path
         drawn, panels = plt.subplots(
             1,
             len(parts),
-            figsize=(1.2 + 3.1 * len(parts), 3.6),
+            figsize=(3.4 + 3.1 * len(parts), 3.6),
             sharey=True,
             squeeze=False,
             layout="constrained",
@@ -143,12 +140,13 @@ def margin_figure(parts: Sequence[tuple[str, pd.DataFrame]], chosen: Study, path
         for axes, (setting, part) in zip(panels[0], parts, strict=True):
             axes.axhline(0.0, color="#BBBBBB", lw=0.8)
             names = [m.name for m in chosen.methods if m.weighs != "equally" and m.name in set(part["method"])]
-            for colour, name in zip(COLOURS[1:], names, strict=False):
+            for place, name in enumerate(names, start=1):
                 changes = [difference(part, name, f"margin_bucket_{bucket}").mean for bucket in range(10)]
-                axes.plot(centres, changes, "o-", color=colour, ms=3.5, lw=1.6, label=name)
+                axes.plot(centres, changes, "o-", color=COLOURS[place], ms=3.5, lw=1.6, label=name)
+            axes.set_xticks((-0.8, -0.4, 0.0, 0.4, 0.8))
             axes.set_title(setting, fontsize=9)
         panels[0][0].set_ylabel("margin minus ERM's")
-        panels[0][-1].legend(frameon=False, fontsize=8)
+        drawn.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
         drawn.supxlabel("margin of the test instance under the reference model", fontsize=9)
         save(drawn, path)
 
@@ -199,7 +197,7 @@ def section(chosen: Study, folder: Path) -> str:
     text = (
         f"## `{chosen.name}`\n\n{chosen.question}\n\n"
         f"Judged on the {config['data']['judged_on']} ({config['data']['judged_rows']:,} instances with clean labels); "
-        f"{config['machine']['cores']} cores of an {config['machine']['processor']}. `{config['command']}`\n\n"
+        f"{machine_name(config)}. `{config['command']}`\n\n"
     )
     if chosen.finding:
         text += f"{chosen.finding}\n\n"
@@ -222,19 +220,26 @@ def section(chosen: Study, folder: Path) -> str:
     return text
 
 
-def human_section(folder: Path) -> str:
-    """Agreement with people, by score."""
+def _by_seed(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+    """The rows and the configuration of a study that is no list of single runs, if it has enough seeds."""
     stored = Stored(folder)
     frame = stored.frame()
-    if frame.empty or frame["seed"].nunique() < LEAST_SEEDS:
+    if frame["seed"].nunique() < LEAST_SEEDS:
+        return None
+    return frame, json.loads(stored.config.read_text(encoding="utf-8"))
+
+
+def human_section(folder: Path) -> str:
+    """Agreement with people, by score."""
+    if (found := _by_seed(folder)) is None:
         return ""
-    config: dict[str, Any] = json.loads(stored.config.read_text(encoding="utf-8"))
-    rows = []
+    frame, config = found
+    rows = [["score", "rank correlation", "AUROC", "average precision"]]
     for method, own in frame.groupby("method", sort=False):
         cells = [
             interval(own[name].dropna().to_numpy()).shown(".3f") for name in ("spearman", "auroc", "average_precision")
         ]
-        rows.append(f"| {method} | {' | '.join(cells)} |\n")
+        rows.append([str(method), *cells])
     (setting,) = people.STUDY.settings
     wrong = 100 * frame["wrong"].mean()
     return (
@@ -242,20 +247,16 @@ def human_section(folder: Path) -> str:
         f"{setting.rows:,} rows, MLP {setting.hidden}, {setting.epochs} epochs, {wrong:.1f} % "
         f"wrong labels, {frame['seed'].nunique()} seeds; larger is better. `{config['command']}`\n\n"
         f"{people.STUDY.finding}\n\n"
-        "| score | rank correlation | AUROC | average precision |\n| --- | ---: | ---: | ---: |\n"
-        f"{''.join(rows)}\n"
+        f"{markdown_table(rows)}\n"
     )
 
 
 def overhead_section(folder: Path) -> str:
     """Time and memory, by method."""
-    stored = Stored(folder)
-    frame = stored.frame()
-    if frame.empty or frame["seed"].nunique() < LEAST_SEEDS:
+    if (found := _by_seed(folder)) is None:
         return ""
-    config: dict[str, Any] = json.loads(stored.config.read_text(encoding="utf-8"))
+    frame, config = found
     rows = [["", *(f"{s.name}, {what}" for s in overhead.STUDY.settings for what in ("time", "added MB"))]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for method in overhead.STUDY.methods:
         cells = []
         for setting in overhead.STUDY.settings:
@@ -264,11 +265,9 @@ def overhead_section(folder: Path) -> str:
             cells.append(interval((seconds[method.name] / seconds["ERM"]).to_numpy()).shown(".2f"))
             cells.append(interval(part[part["method"] == method.name]["added"].to_numpy() / 1e6).shown(".1f"))
         rows.append([method.name, *cells])
-    machine = config["machine"]
     return (
-        f"## `overhead`\n\n{overhead.STUDY.question}\n\n{frame['seed'].nunique()} seeds; {machine['cores']} cores of "
-        f"an {machine['processor']}, one thread. `{config['command']}`\n\n"
-        f"{overhead.STUDY.finding}\n\n{_table(rows)}\n"
+        f"## `overhead`\n\n{overhead.STUDY.question}\n\n{frame['seed'].nunique()} seeds; {machine_name(config)}, "
+        f"one thread. `{config['command']}`\n\n{overhead.STUDY.finding}\n\n{markdown_table(rows)}\n"
     )
 
 

@@ -167,6 +167,9 @@ TRUSTED_BOUNDED = replace(
     arguments={**TRUSTED.arguments, "expected_error": True},
 )
 
+UNTRUSTED = (ERM, LRW["Random"], LRW["Hard"], LRW["Hard"].control, MOLERE, HELD_OUT, TRAINED_ON_TOO)
+TRUSTING = (TRUSTED, floored(TRUSTED, FLOOR), TRUSTED_BOUNDED)
+
 NOISE = Study(
     "noise",
     "When do hard validation instances become wrong labels, and what stops it? Real human labels (CIFAR-10N) and "
@@ -181,20 +184,7 @@ NOISE = Study(
         replace(FITTED, name="worst labels, lr 0.006", labels="label_worst", lr=0.006),
         replace(FITTED, name="symmetric 40 %, lr 0.006", labels="symmetric:0.4", lr=0.006),
     ),
-    (
-        ERM,
-        LRW["Random"],
-        LRW["Hard"],
-        LRW["Hard"].control,
-        MOLERE,
-        HELD_OUT,
-        TRAINED_ON_TOO,
-        TRIMMED,
-        BOUNDED,
-        TRUSTED,
-        floored(TRUSTED, FLOOR),
-        TRUSTED_BOUNDED,
-    ),
+    (*UNTRUSTED, TRIMMED, BOUNDED, *TRUSTING),
     measures=("accuracy", "margin", "hard_third_by_margin", "nll", "ece", "train_accuracy"),
     finding="With labels this wrong, at a learning rate chosen for clean ones at which plain training fits them: "
     "MOLERE at its defaults is above plain training for the worse human labels and for both rates of "
@@ -218,19 +208,7 @@ IMBALANCE = Study(
         replace(FITTED, name="long tail 100", imbalance=100.0),
         replace(FITTED, name="long tail 100, 100 trusted", imbalance=100.0, trusted=100, trusted_by_class=True),
     ),
-    (
-        ERM,
-        LRW["Random"],
-        LRW["Hard"],
-        LRW["Hard"].control,
-        MOLERE,
-        HELD_OUT,
-        TRAINED_ON_TOO,
-        BOUNDED,
-        TRUSTED,
-        floored(TRUSTED, FLOOR),
-        TRUSTED_BOUNDED,
-    ),
+    (*UNTRUSTED, BOUNDED, *TRUSTING),
     measures=("balanced_accuracy", "worst_class", "accuracy", "nll"),
     finding="MOLERE is neither above nor below plain training here, at its defaults or always held out. A φ at 1e-2"
     " without a floor loses with random and hard validation, and gains nothing clear against a few trusted,"

@@ -44,6 +44,9 @@ PEERS = ("betty-ml", "torchopt", "higher")
 PERIOD = 5
 """Steps timed at a go: one whole period of ``every=5``."""
 
+LASTING = 3
+"""Rounds that a contender lasts before it is made anew: where its tensors lie in memory costs or saves per cents."""
+
 Models = Annotated[str, typer.Option(help="Comma-separated: conv, resnet20, mlp, vit-tiny, wrn-28-10, resnet50.")]
 Optimizers = Annotated[str, typer.Option(help="Comma-separated: sgd, adamw.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only ERM and contenders with this in their name; repeatable.")]
@@ -73,20 +76,31 @@ def _network(name: str) -> tuple[tuple[int, ...], int, nn.Module]:
 
 
 def rounds(
-    contenders: Mapping[str, Step], count: int, device: str, period: int = PERIOD
+    contenders: Mapping[str, Step], count: int, device: str, period: int = PERIOD, seed: int = 0
 ) -> Iterator[tuple[int, str, float]]:
     """``(round, contender, seconds a step)``, every contender once a round in random order, after one to warm up.
 
     A round takes ``period`` steps of each: a multiple of ``every``, so that all rounds have as many meta-updates.
     """
     order = list(contenders)
-    shuffle = random.Random(0).shuffle
+    shuffle = random.Random(seed).shuffle
     for number in range(-1, count):
         shuffle(order)
         for name in order:
             seconds = _seconds(contenders[name], device, period)
             if number >= 0:
                 yield number, name, seconds
+
+
+def rounds_anew(
+    factories: Mapping[str, Callable[[Task], Step]], task: Task, count: int, device: str, period: int = PERIOD
+) -> Iterator[tuple[int, str, float]]:
+    """As :func:`rounds`, with contenders that are made anew every :data:`LASTING` rounds."""
+    for first in range(0, count, LASTING):
+        contenders, _ = made(factories, task)
+        for number, name, seconds in rounds(contenders, min(LASTING, count - first), device, period, seed=first):
+            yield first + number, name, seconds
+        contenders.clear()  # before the next are made
 
 
 def _seconds(step: Step, device: str, period: int) -> float:
@@ -169,8 +183,10 @@ def steps(
     for model in models.split(","):
         for optimizer in optimizers.split(","):
             task = task_of(model, optimizer, device, batch)
-            contenders, errors = made(chosen, task)
-            measured = rounds(contenders, count, device)
+            running, errors = made(chosen, task)
+            contenders = {name: chosen[name] for name in running}
+            running.clear()
+            measured = rounds_anew(contenders, task, count, device)
             progress = track(measured, f"{model}, {optimizer}", total=len(contenders) * count, console=console)
             rows = [(model, optimizer, name, number, seconds) for number, name, seconds in progress]
             frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "seconds"])
@@ -265,9 +281,9 @@ def growth(
     rows = []
     for varied, settings in _growth_settings(device).items():
         for value, (task, factory) in settings.items():
-            contenders, _ = made({"ERM": erm, "MOLERE": factory}, task)
+            contenders = {"ERM": erm, "MOLERE": factory}
             period = math.lcm(PERIOD, value) if varied.startswith("every") else PERIOD
-            for number, name, seconds in rounds(contenders, count, device, period):
+            for number, name, seconds in rounds_anew(contenders, task, count, device, period):
                 rows.append((varied, value, name, number, seconds))
     for capacity in (1_000, 10_000, 100_000, 1_000_000):
         for number, (name, seconds) in enumerate(_buffer_operations(capacity, count)):

@@ -155,8 +155,7 @@ class ValidationBuffer:
         for place, position in enumerate(chosen):
             slots[self._slot_for(classes[place], None if rows is None else rows[place])] = position
         if slots:
-            to = torch.tensor(list(slots), device=tensors[0].device)
-            of = torch.tensor(list(slots.values()), device=tensors[0].device)
+            to, of = move((torch.tensor(list(slots)), torch.tensor(list(slots.values()))), tensors[0].device)
             for held, tensor in zip(self._storage, tensors, strict=True):
                 if min(slots) < held_before:
                     self._journal.keep_rows(held, to)
@@ -172,7 +171,7 @@ class ValidationBuffer:
             raise RuntimeError("the validation buffer is empty: no instance has been sent to validation yet")
         self._keep_random()
         slots = self._random.choice(len(self), size=min(count, len(self)), replace=False, shuffle=False)
-        index = torch.from_numpy(slots).to(self._storage[0].device)
+        index = move(torch.from_numpy(slots), self._storage[0].device)
         return self._batch_of([tensor.index_select(0, index) for tensor in self._storage]), slots.tolist()
 
     def release(self, slots: Iterable[int], keep: int = 1) -> int:

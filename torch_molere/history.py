@@ -26,9 +26,10 @@ class SampleHistory:
 
     def record(self, samples: Samples, weights: Tensor, val_mask: Tensor, weighed: Tensor) -> None:
         """Add one batch; weights count where ``weighed``: after warm-up, for instances on the training side."""
-        if samples.indices is None:
+        rows = samples.on_host.rows
+        if samples.indices is None or rows is None:
             return
-        self._reserve(int(samples.indices.max()) + 1, samples.losses.device)
+        self._reserve(max(rows) + 1, samples.losses.device)
         ones = torch.ones_like(samples.losses)
         margins = torch.full_like(ones, torch.nan) if samples.classes is None else samples.margins
         columns = [ones, samples.losses, margins, samples.correct, val_mask, weighed, weighed * weights]

@@ -33,11 +33,11 @@ HoldsOut = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which instances of a batch go to validation, with what is known of all of them, read from the device once."""
+    """Which instances of a batch go to validation, with the classes and rows of all of them."""
 
     positions: list[int]  # of those that go into the buffer
-    classes: list[int]  # one class for all where there are none
-    rows: list[int] | None
+    classes: list[int]  # of all; one for all where there are none
+    rows: list[int] | None  # of all
     probed: list[int] = field(default_factory=list)  # of those never trained on, for whom the buffer may be too full
 
     @property
@@ -102,12 +102,10 @@ class HoldOut:
             ValueError: if the splitter does not return ``(B,)`` probabilities, or the batch does not fit the buffer.
         """
         self.buffer.check((samples.arguments, samples.targets))
-        p = self._probabilities(samples, warming_up)
-        probe = self._probe(samples)
+        p, probe = self._probabilities(samples, warming_up)
         for i in probe:
             p[i] = 0.0
-        rows = None if samples.indices is None else samples.indices.tolist()
-        classes = [0] * len(p) if samples.classes is None else samples.classes.tolist()
+        rows, classes = samples.on_host.rows, samples.on_host.classes or [0] * len(p)
         low, high = self.quota.bounds(len(p))
         held = [False] * len(p)
         if rows is not None:
@@ -158,8 +156,8 @@ class HoldOut:
         if self.hold_out != "auto":
             return
         if choice.rows is not None and choice.probed:
-            losses = samples.losses[choice.probed].double().tolist()
-            self.overfitting.observe(step, [choice.rows[i] for i in choice.probed], losses)
+            losses = samples.on_host.losses
+            self.overfitting.observe(step, [choice.rows[i] for i in choice.probed], [losses[i] for i in choice.probed])
         if decide and self.overfitting.decide(samples.losses.device):
             logger.info("the classifier overfits: validation instances are left out of training from step %d on", step)
 
@@ -182,23 +180,20 @@ class HoldOut:
         easy = ((p_validation >= 0.5) & validation.correct).tolist()
         self.buffer.release([slot for slot, is_easy in zip(slots, easy, strict=True) if is_easy], keep=len(slots))
 
-    def _probe(self, samples: Samples) -> set[int]:
-        """Positions of the rows that are never to be trained on."""
-        if self.hold_out != "auto" or samples.indices is None:
-            return set()
-        return set((self.probe(samples) < 0.5).nonzero().squeeze(1).tolist())
-
-    def _probabilities(self, samples: Samples, warming_up: bool) -> list[float]:
+    def _probabilities(self, samples: Samples, warming_up: bool) -> tuple[list[float], set[int]]:
+        """What the splitter says, and the positions of the rows that are never to be trained on."""
         size = samples.losses.shape[0]
         with torch.no_grad():
             p = (self.warmup_splitter if warming_up else self.splitter)(samples)
         if not isinstance(p, Tensor) or p.shape != (size,):
             found = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
             raise ValueError(f"splitter must return ({size},) probabilities, got {found}")
-        values: list[float] = p.tolist()
+        probing = self.hold_out == "auto" and samples.indices is not None
+        probe = self.probe(samples) if probing else torch.ones_like(p, dtype=torch.double)
+        values, probed = torch.stack([p.double(), probe]).tolist()  # one reading of the device
         if not all(0.0 <= value <= 1.0 for value in values):
             raise ValueError(f"splitter must return probabilities in [0, 1], got {min(values)} to {max(values)}")
-        return values
+        return values, {i for i, u in enumerate(probed) if u < 0.5}
 
     def state_dict(self) -> dict[str, Any]:
         """Θ, its optimizer, the buffer, the quota and what is known of overfitting."""

@@ -37,15 +37,25 @@ def probabilistic_margin(logits: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"targets must be ({logits.shape[0]},) integer class indices, got {tuple(targets.shape)} of {targets.dtype}"
         )
-    if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < logits.shape[1]):
-        raise ValueError(
-            f"targets must lie in [0, {logits.shape[1]}), got values from {int(targets.min())} to {int(targets.max())}"
-        )
+    if targets.numel():
+        lowest, highest = torch.stack(targets.aminmax()).tolist()
+        check_classes(lowest, highest, logits.shape[1])
+    return margins_of(logits, targets)
+
+
+def margins_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`probabilistic_margin`, of what has been checked."""
     probabilities = logits.softmax(dim=1)
     column = targets.long().unsqueeze(1)
     target = probabilities.gather(1, column).squeeze(1)
     others = probabilities.scatter(1, column, -torch.inf).amax(dim=1)
     return target - others
+
+
+def check_classes(lowest: int, highest: int, num_classes: int) -> None:
+    """Refuse class indices outside ``[0, num_classes)``, with a ValueError."""
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f"targets must lie in [0, {num_classes}), got values from {lowest} to {highest}")
 
 
 @torch.no_grad()

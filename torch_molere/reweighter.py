@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -323,8 +324,7 @@ class MetaReweighter:
                 + (f"{len(batch)} elements" if isinstance(batch, (tuple, list)) else type(batch).__name__)
             )
         positional, named = arguments_of(batch[0])
-        with self._journal.all_or_nothing():
-            self._keep()
+        with self._all_or_nothing():
             with torch.enable_grad():
                 self._call = None
                 loss = self.loss(self.model(*positional, **named), *batch[1:])
@@ -357,8 +357,7 @@ class MetaReweighter:
         call, self._call = self._call, None
         if call is None:
             raise RuntimeError("loss(outputs, targets) needs outputs of a call of the model made since the last loss")
-        with self._journal.all_or_nothing():
-            self._keep()
+        with self._all_or_nothing():
             self._journal.note(self._undo, call)
             losses = per_sample_losses(self.loss_fn, outputs, targets)
             return self._weighted_loss(call, outputs, targets, losses, indices)
@@ -474,14 +473,19 @@ class MetaReweighter:
 
     # Before the update: split and weigh.
 
-    def _keep(self) -> None:
-        """What a step or a loss may change of this object itself; the rest is noted where it is changed."""
-        self._journal.keep(self, "result", "_draws", "_call", "_weighted")
-        self._journal.keep(self._directional_derivative, "engine", "repeatable")
-        self._journal.keep(self._channels_last, "chosen")
-        self._weighted = list(self._weighted)
-        networks = [self.weighting] if self.splitter is None else [self.weighting, self.splitter]
-        self._journal.keep_tensors([buffer for network in networks for buffer in network.buffers()])
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Keeps what a step or a loss may change of this object itself; the rest is noted where it is changed."""
+        inside_another = self._journal.recording
+        with self._journal.all_or_nothing():
+            if not inside_another:
+                self._journal.keep(self, "result", "_draws", "_call", "_weighted")
+                self._journal.keep(self._directional_derivative, "engine", "repeatable")
+                self._journal.keep(self._channels_last, "chosen")
+                self._weighted = list(self._weighted)
+                networks = [self.weighting] if self.splitter is None else [self.weighting, self.splitter]
+                self._journal.keep_tensors([buffer for network in networks for buffer in network.buffers()])
+            yield
 
     def _keep_gradients(self) -> None:
         held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -510,22 +514,16 @@ class MetaReweighter:
             raise ValueError("batch must have at least one instance, got none")
         check_synchronised(self._network)
         self._make_alike()
-        _check_finite(losses.detach())
         samples = self._samples(call.arguments, outputs, targets, losses.detach(), _checked_indices(indices, losses))
+        _check_values(samples)
         due = (self.steps - self.warmup_steps) % self.every == 0
         meta = due and not self.warming_up
         choice: Choice | None = None
         if self.holdout is not None:
             with self._aside(losses.device):
                 choice = self.holdout.choose(samples, self.warming_up)
-        val_mask = torch.zeros(size, dtype=torch.bool, device=losses.device)
-        training: Tensor | None = None
-        if self.holdout is not None and choice is not None:
-            val_mask[choice.validation] = True
-            if left_out := self.holdout.left_out(choice):
-                training = torch.ones_like(val_mask)
-                training[left_out] = False
-        weights = self._weights(samples, training, graph=meta)
+        left_out = [] if self.holdout is None or choice is None else self.holdout.left_out(choice)
+        weights = self._weights(samples, left_out, graph=meta)
         if self.holdout is not None and choice is not None:
             self.holdout.put(samples, choice)
             self.holdout.observe(samples, choice, self.steps, decide=due)
@@ -538,12 +536,13 @@ class MetaReweighter:
             weighted = _Weighted(forward, samples, weights, losses.detach())
             if self.order == "before":
                 val_loss = self._meta_update([weighted], self._virtual_gradients(losses, weights))
-                weights = self._weights(samples, training, graph=False)
+                weights = self._weights(samples, left_out, graph=False)
         loss, own = _weighted_mean(losses, weights)
         if weighted is not None and self.order == "after":
             loss.register_hook(partial(self._backward_through, weighted))
-        trained = torch.ones_like(val_mask) if training is None else training
-        self.history.record(samples, own, val_mask, torch.zeros_like(trained) if self.warming_up else trained)
+        val_mask = _mask([] if choice is None else choice.validation, samples)
+        weighed = torch.zeros_like(val_mask) if self.warming_up else ~_mask(left_out, samples)
+        self.history.record(samples, own, val_mask, weighed)
         self.result = StepResult(loss.detach(), samples.outputs, own, val_mask, val_loss)
         return loss
 
@@ -568,11 +567,13 @@ class MetaReweighter:
                 raise ValueError(f"correct_fn must return ({losses.shape[0]},) bool, got {found}")
         return Samples(arguments, targets, outputs, losses, correct, indices)
 
-    def _weights(self, samples: Samples, training: Tensor | None, graph: bool) -> _Weights:
+    def _weights(self, samples: Samples, left_out: list[int], graph: bool) -> _Weights:
         """w̄, with its graph to φ if asked for; exactly one each during warm-up."""
         size = samples.losses.shape[0]
+        training = ~_mask(left_out, samples) if left_out else None
+        count = size - len(left_out)
         if self.warming_up:
-            return _shared(torch.ones_like(samples.losses), training)
+            return _shared(torch.ones_like(samples.losses), training, count)
         with torch.set_grad_enabled(graph), self._aside(samples.losses.device):
             weights = self.weighting(samples)
             if not isinstance(weights, Tensor) or weights.shape != (size,):
@@ -580,7 +581,7 @@ class MetaReweighter:
                 raise ValueError(f"weighting must return ({size},) weights, got {found}")
             if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
                 raise ValueError("weighting must return finite weights ≥ 0, got negative, NaN or infinite ones")
-            return _shared(weights, training)
+            return _shared(weights, training, count)
 
     @contextmanager
     def _aside(self, device: torch.device) -> Iterator[None]:
@@ -620,8 +621,7 @@ class MetaReweighter:
             arguments = (optimizer, lambda: loss), {}
         weighted, self._weighted = self._weighted, []
         if weighted and self.result is not None:
-            with self._journal.all_or_nothing():
-                self._keep()
+            with self._all_or_nothing():
                 gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
                 self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
         return arguments
@@ -745,10 +745,16 @@ class MetaReweighter:
             logger.warning(message)
 
 
-def _shared(weights: Tensor, training: Tensor | None) -> _Weights:
-    """Normalise over the training sides of all processes."""
+def _mask(positions: list[int], samples: Samples) -> Tensor:
+    """``(B,)`` bool, true at the positions; made here and sent, so that the device is not waited for."""
+    mask = torch.zeros(samples.losses.shape[0], dtype=torch.bool)
+    mask[positions] = True
+    return mask.to(samples.losses.device, non_blocking=True)
+
+
+def _shared(weights: Tensor, training: Tensor | None, count: int) -> _Weights:
+    """Normalise over the training sides of all processes, of which the own one has ``count`` instances."""
     if processes() == 1:
-        count = len(weights) if training is None else int(training.sum())
         return _Weights(normalised(weights, training), slice(0, len(weights)), count)
     mask = torch.ones_like(weights) if training is None else training.to(weights.dtype)
     both, own = gathered(torch.stack([weights, mask], dim=1))
@@ -820,14 +826,17 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
 
 
-def _check_finite(losses: Tensor) -> None:
-    finite = torch.isfinite(losses)
-    if anywhere(not bool(finite.all()), losses.device):
-        rows = (~finite).nonzero().squeeze(1).tolist()
+def _check_values(samples: Samples) -> None:
+    """Refuse losses and rows that nothing can be made of."""
+    rows = [i for i, loss in enumerate(samples.on_host.losses) if not math.isfinite(loss)]
+    if anywhere(bool(rows), samples.losses.device):
         shown = f"{rows[:20]} and {len(rows) - 20} more" if len(rows) > 20 else f"{rows}"
         raise FloatingPointError(
             f"loss is NaN or infinite for instances {shown} of the batch; the step was refused, nothing has changed"
         )
+    lowest = min(samples.on_host.rows or [0])
+    if lowest < 0:
+        raise ValueError(f"indices must be ≥ 0, got {lowest}")
 
 
 def _checked_indices(indices: Any, losses: Tensor) -> Tensor | None:
@@ -836,6 +845,4 @@ def _checked_indices(indices: Any, losses: Tensor) -> Tensor | None:
     rows = torch.as_tensor(indices, device=losses.device)
     if rows.shape != losses.shape or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"indices must be ({losses.shape[0]},) integers, got {tuple(rows.shape)} {rows.dtype}")
-    if int(rows.min()) < 0:
-        raise ValueError(f"indices must be ≥ 0, got {int(rows.min())}")
     return rows.long()

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_molere.evaluation import Arguments, inputs_of
-from torch_molere.margins import probabilistic_margin
+from torch_molere.margins import check_classes, margins_of
 
 CorrectFn = Callable[[Any, Any], Tensor]
 """``correct_fn(outputs, targets) -> (B,)`` bool: whether the classifier is right on each instance."""
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """What decides in Python of the B instances of a batch."""
+
+    losses: list[float]
+    classes: list[int] | None
+    rows: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -46,14 +56,27 @@ class Samples:
         """``(B,)`` class indices, or None where the targets are no class indices."""
         return self.targets if is_classification(self.outputs, self.targets) else None
 
-    @property
+    @cached_property
+    def on_host(self) -> OnHost:
+        """Losses, classes and rows, read from the device at once: each reading waits for all that is queued there."""
+        known = [column for column in (self.losses, self.classes, self.indices) if column is not None]
+        losses, *numbers = torch.stack([c.to(self.losses.device, torch.double) for c in known]).tolist()
+        integers = ([int(number) for number in column] for column in numbers)
+        classes = None if self.classes is None else next(integers)
+        return OnHost(losses, classes, None if self.indices is None else next(integers))
+
+    @cached_property
     def margins(self) -> Tensor:
         """``(B,)`` probabilistic margins.
 
         Raises:
-            ValueError: if this is no classification with class indices.
+            ValueError: if this is no classification with class indices, or one of them is out of range.
         """
-        return probabilistic_margin(self.outputs, self.targets)
+        classes = self.on_host.classes
+        if classes is None:
+            raise ValueError("margins need floating (B, C) logits and (B,) integer class-index targets")
+        check_classes(min(classes), max(classes), self.outputs.shape[1])
+        return margins_of(self.outputs, self.targets)
 
 
 def is_classification(outputs: Any, targets: Any) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_molere.distributed import gathered
+from torch_molere.margins import check_classes
 from torch_molere.samples import Samples
 from torch_molere.signals import Signals, signal_network
 
@@ -83,8 +84,8 @@ def label_penalty(p_train: Tensor, targets: Tensor, num_classes: int) -> Tensor:
         raise ValueError(
             f"targets must be {tuple(p_train.shape)} integer class indices, got {tuple(targets.shape)} {targets.dtype}"
         )
-    if not (int(targets.min()) >= 0 and int(targets.max()) < num_classes):
-        raise ValueError(f"targets must lie in [0, {num_classes}), got {int(targets.min())} to {int(targets.max())}")
+    lowest, highest = torch.stack(targets.aminmax()).tolist()
+    check_classes(lowest, highest, num_classes)
 
     def share(soft: Tensor) -> Tensor:
         counts = soft.new_zeros(num_classes).index_add(0, targets.long(), soft)

@@ -138,11 +138,12 @@ class FreeWeighting(nn.Module):
         Raises:
             ValueError: if the batch has no indices, or one is out of range.
         """
-        if samples.indices is None:
+        rows = samples.on_host.rows
+        if samples.indices is None or rows is None:
             raise ValueError("FreeWeighting needs the rows' indices: step((inputs, targets, indices))")
-        if samples.indices.numel() and int(samples.indices.max()) >= self.scores.num_embeddings:
+        if rows and max(rows) >= self.scores.num_embeddings:
             raise ValueError(
-                f"indices must lie in [0, {self.scores.num_embeddings}), got {int(samples.indices.max())}; "
+                f"indices must lie in [0, {self.scores.num_embeddings}), got {max(rows)}; "
                 "make FreeWeighting(num_samples) as large as the dataset"
             )
         return _between(self.floor, self.scores(samples.indices).squeeze(1))

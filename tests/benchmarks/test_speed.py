@@ -1,5 +1,7 @@
 """The speed benchmark measures what it says, and every contender does the same work."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -64,6 +66,18 @@ def test_every_contender_is_timed_once_a_round():
     rows = list(speed.rounds(steps, 3, "cpu"))
     assert sorted((number, name) for number, name, _ in rows) == [(i, n) for i in range(3) for n in "ab"]
     assert called == {"a": 4 * speed.PERIOD, "b": 4 * speed.PERIOD}
+
+
+def test_contenders_are_made_anew_every_few_rounds():
+    made = {"a": 0, "b": 0}
+
+    def factory(name, task):
+        made[name] += 1
+        return lambda: None
+
+    rows = list(speed.rounds_anew({name: partial(factory, name) for name in made}, small(), 7, "cpu"))
+    assert sorted((number, name) for number, name, _ in rows) == [(i, n) for i in range(7) for n in "ab"]
+    assert made == {"a": 3, "b": 3}
 
 
 def test_some_contenders_alone(tmp_path):

@@ -26,7 +26,9 @@ COMPARISONS = {
 LEAST_SEEDS = 3
 """With fewer, a comparison is stored but not reported."""
 
+PEERS = ("Betty darts", "TorchOpt", "higher", "double backward")
 WRAPPERS = {"ddp": "DDP", "fsdp": "FSDP2"}
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 MODELS = {"conv": "conv net", "resnet20": "ResNet-20", "mlp": "MLP", "vit-tiny": "ViT-Tiny"}
 
 
@@ -67,15 +69,16 @@ def comparisons(stored: Path) -> str:
 
 def speed(stored: Path) -> str:
     """Time and memory relative to plain training, by model, and one meta-gradient alone."""
-    columns, sources = {}, []
+    columns, sources, added = {}, [], []
     for model in MODELS:
         for path in sorted(stored.glob(f"speed-steps-{model}-*-cpu.csv"), reverse=True):
             frame, config = pd.read_csv(path), _config(path)
             sources.append(config)
             ratios = summary(frame, ["model", "optimizer"]).set_index("contender")["median"]
             shown = {name: f"– ({error.split(':')[0]})" for name, error in config["errors"].items()}
-            title = f"{MODELS[model]}, {frame.optimizer[0].upper()}"
+            title = f"{MODELS[model]}, {OPTIMIZERS[frame.optimizer[0]]}"
             columns[title] = shown | {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
+            added.append([title, *_added(ratios)])
         for path in stored.glob(f"speed-memory-{model}-*-cpu.csv"):
             peaks = pd.read_csv(path).set_index("contender").whole
             columns[f"memory, {MODELS[model]}"] = {name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()}
@@ -91,9 +94,17 @@ def speed(stored: Path) -> str:
         "the same unit. Memory is the peak of a whole process of its own.\n\n"
         f"{results.markdown_table([['', *columns], *rows])}\n"
         + "".join(f"- `{command}`\n" for command in dict.fromkeys(s["command"] for s in sources))
-        + _growth(stored)
-        + _error(stored)
+        + "\nWhat a meta-update adds to a step (the line “every 1” less 1.00), and how many times as much it is with "
+        "the peers:\n\n" + results.markdown_table([["", "MOLERE", *PEERS], *added]) + _growth(stored) + _error(stored)
     )
+
+
+def _added(ratios: pd.Series) -> list[str]:
+    """What MOLERE's meta-update adds to a step, and the peers' relative to it."""
+    added = ratios - 1.0
+    ours = added["MOLERE, every 1"]
+    peers = (added.get(f"{peer}, every 1") for peer in PEERS)
+    return [f"{ours:.2f}", *("–" if peer is None else f"{peer / ours:.1f} ×" for peer in peers)]
 
 
 def ranks(stored: Path) -> str:
@@ -144,7 +155,7 @@ def _error(stored: Path) -> str:
     frame = pd.read_csv(path)
     grouped = frame.groupby(["model", "optimizer", "step", "engine"], sort=False)[["cosine", "relative_error"]]
     rows = [
-        f"| {MODELS[model]}, {name.upper()} | {step} | {engine} | {part.cosine:.6f} | {part.relative_error:.1e} |\n"
+        f"| {MODELS[model]}, {OPTIMIZERS[name]} | {step} | {engine} | {part.cosine:.6f} | {part.relative_error:.1e} |\n"
         for (model, name, step, engine), part in grouped.median().iterrows()
     ]
     return (

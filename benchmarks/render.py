@@ -15,7 +15,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.provenance import machine_name
 from benchmarks.ranks import summarised
 from benchmarks.speed import summary
-from benchmarks.speed_figures import draw_growth
+from benchmarks.speed_figures import draw_growth, draw_steps
 
 STORED = Path("benchmarks/results")
 COMPARISONS = {
@@ -70,33 +70,53 @@ def comparisons(stored: Path) -> str:
 def speed(stored: Path) -> str:
     """Time and memory relative to plain training, by model, and one meta-gradient alone."""
     columns, sources, added = {}, [], []
-    for model in MODELS:
-        for path in sorted(stored.glob(f"speed-steps-{model}-*-cpu.csv"), reverse=True):
-            frame, config = pd.read_csv(path), _config(path)
-            sources.append(config)
-            ratios = summary(frame, ["model", "optimizer"]).set_index("contender")["median"]
-            shown = {name: f"– ({error.split(':')[0]})" for name, error in config["errors"].items()}
-            title = f"{MODELS[model]}, {OPTIMIZERS[frame.optimizer[0]]}"
-            columns[title] = shown | {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
-            added.append([title, *_added(ratios)])
+    for title, path in _steps(stored).items():
+        config = _config(path)
+        sources.append(config)
+        ratios = _ratios(path).set_index("contender")["median"]
+        shown = {name: f"– ({error.split(':')[0]})" for name, error in config["errors"].items()}
+        columns[title] = shown | {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
+        added.append([title, *_added(ratios)])
+    for model, title in MODELS.items():
         for path in stored.glob(f"speed-memory-{model}-*-cpu.csv"):
             peaks = pd.read_csv(path).set_index("contender").whole
-            columns[f"memory, {MODELS[model]}"] = {name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()}
+            columns[f"memory, {title}"] = {name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()}
             sources.append(_config(path))
     if not sources:
         return "Not measured yet.\n"
     rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in CONTENDERS]
     versions = sources[0]["versions"]
     return (
-        f"Medians of the ratio to one plain training step of the same round, batch {sources[0]['batch']}, on "
+        f"Relative to one plain training step of the same round, batch {sources[0]['batch']}, on "
         f"{machine_name(sources[0])}; torch {versions['torch']}, betty-ml {versions['betty-ml']}, torchopt "
-        f"{versions['torchopt']}, higher {versions['higher']}. The lines “gradient” are one meta-gradient alone, in "
-        "the same unit. Memory is the peak of a whole process of its own.\n\n"
+        f"{versions['torchopt']}, higher {versions['higher']}.\n\n"
+        "![Time of a step by model, optimizer and method](benchmarks/results/speed-steps-cpu.png)\n\n"
+        "Where a peer is missing it does not run there, or was not measured; the long table below says which.\n\n"
+        "What a meta-update adds to a step (“every 1” less 1.00), and how many times as much it is with the peers:\n\n"
+        f"{results.markdown_table([['', 'MOLERE', *PEERS], *added])}\n"
+        "<details><summary>All contenders: engines, orders, one meta-gradient alone, and memory</summary>\n\n"
+        "Medians. The lines “gradient” are one meta-gradient alone, in the same unit. Memory is the peak of a whole "
+        "process of its own.\n\n"
         f"{results.markdown_table([['', *columns], *rows])}\n"
         + "".join(f"- `{command}`\n" for command in dict.fromkeys(s["command"] for s in sources))
-        + "\nWhat a meta-update adds to a step (the line “every 1” less 1.00), and how many times as much it is with "
-        "the peers:\n\n" + results.markdown_table([["", "MOLERE", *PEERS], *added]) + _growth(stored) + _error(stored)
+        + "\n</details>\n"
+        + _growth(stored)
+        + _error(stored)
     )
+
+
+def _steps(stored: Path) -> dict[str, Path]:
+    """Where the times of steps are stored, by model and optimizer."""
+    paths = {
+        f"{model}, {optimizer}": stored / f"speed-steps-{m}-{o}-cpu.csv"
+        for m, model in MODELS.items()
+        for o, optimizer in OPTIMIZERS.items()
+    }
+    return {title: path for title, path in paths.items() if path.exists()}
+
+
+def _ratios(path: Path) -> pd.DataFrame:
+    return summary(pd.read_csv(path), ["model", "optimizer"])
 
 
 def _added(ratios: pd.Series) -> list[str]:
@@ -180,7 +200,10 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
 
 
 def main() -> None:
-    """Rewrite the pages, and draw the growth plots."""
+    """Rewrite the pages, and draw the pictures of the cost."""
+    if steps := _steps(STORED):
+        columns = {title: _ratios(path) for title, path in steps.items()}
+        draw_steps(columns, ["MOLERE", *PEERS], STORED / "speed-steps-cpu.png")
     growth = STORED / "speed-growth-cpu.csv"
     if growth.exists():
         frame = pd.read_csv(growth)

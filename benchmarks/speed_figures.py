@@ -1,14 +1,60 @@
-"""The picture of how the cost grows: one panel for each thing that is varied."""
+"""The pictures of the cost: of a step beside the peers', and how it grows with each thing that is varied."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from benchmarks.figures import COLOURS, STYLE, save
+
+FREQUENCIES = {"every 5": "o", "every 1": "D"}
+
+
+def draw_steps(columns: Mapping[str, pd.DataFrame], methods: Sequence[str], path: Path) -> None:
+    """Draw and store what a step costs, a panel for each model and optimizer.
+
+    Args:
+        columns: by the panel's title, ``contender``, ``low``, ``median``, ``high``.
+        methods: from top to bottom, the first ours.
+        path: of the PNG.
+    """
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(2, 4, figsize=(11, 4.6), sharex=True, sharey=True, layout="constrained", dpi=150)
+        for axes, (title, ratios) in zip(grid.flat, columns.items(), strict=False):
+            for row, method in enumerate(methods):
+                colour = COLOURS["MOLERE" if row == 0 else "LRW-Hard"]
+                for often, marker in FREQUENCIES.items():
+                    for found in ratios[ratios.contender.str.startswith(f"{method}, {often}")].itertuples():
+                        axes.plot([found.low, found.high], [row, row], color=colour, linewidth=2, alpha=0.5)
+                        axes.plot(found.median, row, color=colour, marker=marker, markersize=5)
+                        axes.annotate(
+                            f"{found.median:.2f}",
+                            (found.median, row),
+                            (0, 5),
+                            textcoords="offset points",
+                            color=colour,
+                            fontsize=8,
+                            ha="center",
+                        )
+            axes.axvline(1.0, color=COLOURS["ERM"], linewidth=0.8, linestyle="--")
+            axes.set(title=title, yticks=range(len(methods)), yticklabels=methods, xlim=(0.8, None))
+            axes.grid(axis="x", color="#eeeeee", linewidth=0.8)
+            axes.tick_params(labelbottom=True)
+        grid.flat[0].set_ylim(len(methods) - 0.6, -0.7)  # the first on top
+        legend, *others = grid.flat[len(columns) :]
+        for axes in (legend, *others):
+            axes.axis("off")
+        marks = [
+            Line2D([], [], color="#555555", marker=m, linewidth=2, label=often) for often, m in FREQUENCIES.items()
+        ]
+        legend.legend(handles=marks, title="a meta-update", loc="center", frameon=False, alignment="left")
+        figure.supxlabel("time of a step relative to ERM: median and quartiles", fontsize=10, color="#333333")
+        save(figure, path)
 
 
 def draw_growth(frame: pd.DataFrame, ratios: pd.DataFrame, path: Path) -> None:

@@ -287,14 +287,17 @@ def test_losses_of_a_skipped_update_are_forgotten():
     assert_same(found[0], found[1])
 
 
-def test_a_gradient_scaler_changes_nothing_but_skips_what_overflows():
-    """Ten steps with a scaler, of which the fourth overflows, are nine without."""
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True], ids=["", "unscaled before"])
+def test_a_gradient_scaler_changes_nothing_but_skips_what_overflows(kind, fused, unscaled):
+    """Ten steps with a scaler, of which the fourth overflows, are nine without; fused optimizers unscale themselves."""
     found = []
     for scaled in (False, True):
         model = classifier()
         del model[3], model[1]  # a skipped step would still move batch statistics
         weighting = Scores(12)
-        optimizer = sgd(model)
+        optimizer = kind(model.parameters(), lr=0.05, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=scaled)
         reweighter = exposed(
             model,
@@ -312,6 +315,8 @@ def test_a_gradient_scaler_changes_nothing_but_skips_what_overflows():
             optimizer.zero_grad()
             loss = reweighter.loss(model(x), y) * (torch.inf if step == 3 else 1.0)
             scaler.scale(loss).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
         assert reweighter.steps == 9

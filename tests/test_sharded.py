@@ -16,7 +16,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch wa
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=1e-3),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.01),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=0.01),
 }
 
 
@@ -57,7 +59,16 @@ def train(rank, cut, name, engine):
     return values(model), weighting.state_dict(), weights, reweighter.result.val_loss, reweighter.engine
 
 
-@pytest.mark.parametrize(("name", "engine", "cut"), [("sgd", "auto", 8), ("sgd", "finite", 11), ("adamw", "finite", 8)])
+@pytest.mark.parametrize(
+    ("name", "engine", "cut"),
+    [
+        ("sgd", "auto", 8),
+        ("sgd", "finite", 11),
+        ("adam", "finite", 8),
+        ("adamw", "finite", 8),
+        ("nadam", "finite", 8),
+    ],
+)
 def test_two_halves_are_a_whole(name, engine, cut):
     whole = train(None, cut, name, "finite")
     first, second = in_processes(2, train, cut, name, engine)

@@ -51,7 +51,7 @@ from torch_molere.samples import CorrectFn, Samples, default_correct
 from torch_molere.sharded import check_sharded, check_synchronised
 from torch_molere.splitting import LearnedSplitter
 from torch_molere.states import finite_gradients, load_optimizer, whole
-from torch_molere.update import Update, check_differentiable, inner_optimizer
+from torch_molere.update import Update, check_differentiable, inner_optimizer, overflowed, unscaled
 from torch_molere.validation import FixedValidation
 from torch_molere.weighting import SignalWeighting, normalised
 
@@ -613,6 +613,8 @@ class MetaReweighter:
         A closure is called here, once, as these optimizers do themselves, and the step gets one that returns its loss.
         If this fails nothing has changed, and the step can be taken without a meta-update.
         """
+        if overflowed(optimizer):
+            return None
         closures = [a for a in (*positional, *named.values()) if a is not optimizer and a is not None]
         arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         if closures:
@@ -623,10 +625,13 @@ class MetaReweighter:
         if weighted and self.result is not None:
             with self._all_or_nothing():
                 gradients = [p.grad for p in trained_parameters(self._network, optimizer).values()]
-                self.result = replace(self.result, val_loss=self._meta_update(weighted, gradients))
+                val_loss = self._meta_update(weighted, unscaled(optimizer, gradients))
+                self.result = replace(self.result, val_loss=val_loss)
         return arguments
 
     def _after_update(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if overflowed(optimizer):
+            return
         self.steps += 1
         self._journal.commit()  # θ has moved
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_molere.derivatives import Diagonal, diagonal, has_closed_form
+
 
 def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer inside Accelerate's and Lightning's wrappers, whose ``step`` calls its own: there hooks are run."""
@@ -34,11 +36,24 @@ def check_differentiable(optimizer: Optimizer) -> None:
         )
 
 
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether a ``GradScaler`` has told a fused optimizer that its gradients overflowed: its step will do nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def unscaled(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients that the optimizer will use: a fused one takes a ``GradScaler``'s factor out in its own step."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return [g if g is None or scale is None else g / scale.to(g.device) for g in gradients]
+
+
 class Update:
     """One update of an optimizer, taken on copies, that can be transposed.
 
     The optimizer is read, never changed: the parameters, their state and the group options are copied and the
-    optimizer's own ``step`` runs on the copies with ``differentiable=True``.
+    optimizer's own ``step`` runs on the copies. Its derivative is known in closed form
+    (:mod:`torch_molere.derivatives`) or comes from autograd through that step, taken with ``differentiable=True``.
 
     Args:
         optimizer: any optimizer that :func:`check_differentiable` accepts.
@@ -50,27 +65,21 @@ class Update:
         for gradient in gradients:
             if gradient is not None and gradient.is_sparse:
                 raise TypeError("sparse gradients cannot be differentiated through; use sparse=False in the embedding")
-        self._gradients = [None if g is None else g.detach().requires_grad_() for g in gradients]
-        copies = [parameter.detach().clone() for parameter in parameters]
-        copy_of = dict(zip(parameters, copies, strict=True))
-        for copy, gradient in zip(copies, self._gradients, strict=True):
-            copy.grad = gradient
-        twin = type(optimizer).__new__(type(optimizer))
-        twin.__setstate__(
-            {
-                "defaults": {**optimizer.defaults, "differentiable": True},
-                "param_groups": [_differentiable_group(group, copy_of) for group in optimizer.param_groups],
-                "state": defaultdict(
-                    dict,
-                    {copy_of[p]: _copied(state) for p, state in optimizer.state.items() if p in copy_of},
-                ),
-            }
-        )
+        self._diagonal: list[Diagonal | None] | None = None
+        self._gradients = [None if g is None else g.detach() for g in gradients]
+        if has_closed_form(optimizer):
+            self._diagonal = diagonal(optimizer, parameters, self._gradients)
+            twin, self._after = _twin(optimizer, parameters, self._gradients, differentiable=False)
+            twin.step()
+            return
+        for gradient in self._gradients:
+            if gradient is not None:
+                gradient.requires_grad_()
+        twin, self._after = _twin(optimizer, parameters, self._gradients, differentiable=True)
         with torch.enable_grad():
             if isinstance(twin, torch.optim.SGD):
                 _start_momentum(twin)
             twin.step()
-        self._after = copies
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -83,22 +92,52 @@ class Update:
         Where the update has no finite derivative (Adam at a gradient and a second moment of exactly zero, as in the
         weights of a dead unit) u is zero: there the gradients it would be multiplied with are zero too.
         """
+        derivatives = self._by_autograd(cotangents) if self._diagonal is None else self._by_diagonal(cotangents)
+        return [torch.zeros_like(after) if u is None else u for u, after in zip(derivatives, self._after, strict=True)]
+
+    def _by_diagonal(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        assert self._diagonal is not None
+        return [None if v is None or d is None else v * d for v, d in zip(cotangents, self._diagonal, strict=True)]
+
+    def _by_autograd(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         pairs = [
             (after, v)
             for after, v in zip(self._after, cotangents, strict=True)
             if v is not None and after.requires_grad
         ]
         reached = [gradient for gradient in self._gradients if gradient is not None]
-        found = iter(
-            torch.autograd.grad([after for after, _ in pairs], reached, [v for _, v in pairs], allow_unused=True)
-            if pairs and reached
-            else [None] * len(reached)
-        )
-        transposed = []
-        for gradient, after in zip(self._gradients, self._after, strict=True):
-            u = None if gradient is None else next(found)
-            transposed.append(torch.zeros_like(after) if u is None else u.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
-        return [u.detach() for u in transposed]
+        if not pairs or not reached:
+            return [None] * len(self._gradients)
+        after, v = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(after, reached, v, allow_unused=True))
+        transposed = [None if gradient is None else next(found) for gradient in self._gradients]
+        return [None if u is None else u.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for u in transposed]
+
+
+def _twin(
+    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], differentiable: bool
+) -> tuple[Optimizer, list[Tensor]]:
+    """The optimizer over again, holding copies of the parameters, which are returned, and of their states."""
+    copies = [parameter.detach().clone() for parameter in parameters]
+    copy_of = dict(zip(parameters, copies, strict=True))
+    for copy, gradient in zip(copies, gradients, strict=True):
+        copy.grad = gradient
+    options = {"differentiable": True, "foreach": False, "fused": False} if differentiable else {}
+    twin = type(optimizer).__new__(type(optimizer))
+    twin.__setstate__(
+        {
+            "defaults": {**optimizer.defaults, "differentiable": differentiable},
+            "param_groups": [
+                {**group, "params": [copy_of[p] for p in group["params"] if p in copy_of], **options}
+                for group in optimizer.param_groups
+            ],
+            "state": defaultdict(
+                dict,
+                {copy_of[p]: _copied(state, differentiable) for p, state in optimizer.state.items() if p in copy_of},
+            ),
+        }
+    )
+    return twin, copies
 
 
 def _start_momentum(twin: torch.optim.SGD) -> None:
@@ -117,21 +156,11 @@ def _start_momentum(twin: torch.optim.SGD) -> None:
             twin.state[parameter]["momentum_buffer"] = gradient * (group["dampening"] / group["momentum"])
 
 
-def _differentiable_group(group: dict[str, Any], copy_of: dict[Tensor, Tensor]) -> dict[str, Any]:
-    return {
-        **group,
-        "params": [copy_of[parameter] for parameter in group["params"] if parameter in copy_of],
-        "differentiable": True,
-        "foreach": False,
-        "fused": False,
-    }
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
+def _copied(state: dict[str, Any], differentiable: bool) -> dict[str, Any]:
     # The differentiable path computes bias corrections from the step tensor itself, the plain one from a Python
     # float: a float64 step makes them equal.
     return {
-        name: (value.detach().double() if name == "step" else value.detach().clone())
+        name: (value.detach().double() if name == "step" and differentiable else value.detach().clone())
         if isinstance(value, Tensor)
         else value
         for name, value in state.items()

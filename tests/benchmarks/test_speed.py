@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks import speed
 from benchmarks.contenders import CONTENDERS, DoubleBackward, HigherByHand, Task, explicit
-from benchmarks.speed_figures import draw_growth
+from benchmarks.speed_figures import draw_growth, draw_steps
 
 
 def small(optimizer="sgd"):
@@ -119,6 +119,13 @@ def test_growth_is_drawn(tmp_path):
     ratios = speed.summary(frame[frame.varied != "buffer capacity"], ["varied", "value"])
     draw_growth(frame, ratios, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_are_drawn(tmp_path):
+    rows = [(c, 1.1, 1.2, 1.3) for c in ("MOLERE, every 5 (as shipped)", "MOLERE, every 1", "higher, every 1")]
+    ratios = pd.DataFrame(rows, columns=["contender", "low", "median", "high"])
+    draw_steps({"one": ratios, "other": ratios[:1]}, ["MOLERE", "higher"], tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_buffer_operations_are_measured():

@@ -1,0 +1,135 @@
+"""The look-ahead against the step really taken, and its derivative in closed form against autograd through the step."""
+
+import copy
+
+import pytest
+import torch
+
+from torch_molere.derivatives import has_closed_form
+from torch_molere.update import Update
+
+
+class OwnSGD(torch.optim.SGD):
+    """The same update; of a subclass nothing is known, so that autograd differentiates it."""
+
+
+class OwnAdam(torch.optim.Adam):
+    pass
+
+
+class OwnAdamW(torch.optim.AdamW):
+    pass
+
+
+OPTIMIZERS = [
+    (torch.optim.SGD, OwnSGD, {}),
+    (torch.optim.SGD, OwnSGD, {"weight_decay": 0.1, "maximize": True}),
+    (torch.optim.SGD, OwnSGD, {"momentum": 0.9}),
+    (torch.optim.SGD, OwnSGD, {"momentum": 0.9, "dampening": 0.3}),
+    (torch.optim.SGD, OwnSGD, {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
+    (torch.optim.Adam, OwnAdam, {}),
+    (torch.optim.Adam, OwnAdam, {"weight_decay": 0.1, "betas": (0.7, 0.95), "eps": 1e-3}),
+    (torch.optim.Adam, OwnAdam, {"weight_decay": 0.1, "maximize": True}),
+    (torch.optim.AdamW, OwnAdamW, {}),
+    (torch.optim.AdamW, OwnAdamW, {"weight_decay": 0.3, "maximize": True}),
+]
+
+
+@pytest.fixture
+def counts_in_double():
+    """Adam's differentiable step computes its corrections of bias in the precision of its count of steps."""
+    torch.set_default_dtype(torch.double)
+    yield
+    torch.set_default_dtype(torch.float)
+
+
+def prepared(kind, options, taken, dtype=torch.double):
+    """An optimizer of three parameters after some steps, of which the last had no gradient so far."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.double).to(dtype)
+
+    parameters = [normal(3, 4), normal(5), normal(2, 2)]
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.2}]
+    optimizer = kind(groups, lr=0.05, **options)
+    for _ in range(taken):
+        for parameter in parameters[:2]:
+            parameter.grad = normal(*parameter.shape)
+        optimizer.step()
+    gradients = [normal(*parameter.shape) for parameter in parameters]
+    cotangents = [normal(*parameter.shape) for parameter in parameters]
+    return optimizer, parameters, gradients, cotangents
+
+
+@pytest.mark.usefixtures("counts_in_double")
+@pytest.mark.parametrize(("kind", "own", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("taken", [0, 1, 6])
+@pytest.mark.parametrize("without", [None, 0])
+def test_closed_form_equals_autograd(kind, own, options, taken, without):
+    found = []
+    for each in (kind, own):
+        optimizer, parameters, gradients, cotangents = prepared(each, options, taken)
+        assert has_closed_form(optimizer) == (each is kind)
+        if without is not None:
+            gradients[without] = None
+        cotangents[1] = None
+        update = Update(optimizer, parameters, gradients)
+        found.append((update.parameters, update.transpose(cotangents)))
+    # At Adam's first step, here always the third parameter's, autograd is left with rounding.
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-15)
+    assert found[0][1][2].abs().min() > 0
+    assert not found[0][1][1].any()
+
+
+@pytest.mark.parametrize(("kind", "own", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("implementation", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("taken", [0, 6])
+def test_looks_at_the_very_step_that_follows(kind, own, options, implementation, taken):
+    optimizer, parameters, gradients, _ = prepared(kind, options | implementation, taken, torch.float)
+    before = copy.deepcopy((parameters, optimizer.state_dict()))
+    update = Update(optimizer, parameters, gradients)
+    torch.testing.assert_close((parameters, optimizer.state_dict()), before, rtol=0, atol=0)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    torch.testing.assert_close(update.parameters, parameters, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 6])
+def test_single_precision_is_enough(taken):
+    """At Adam's first step all but a term of the size of eps cancels."""
+    single, double = (prepared(torch.optim.AdamW, {}, taken, dtype) for dtype in (torch.float, torch.double))
+    for found, expected in zip(*(Update(*s[:3]).transpose(s[3]) for s in (single, double)), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, OwnAdam])
+def test_zero_where_there_is_no_finite_derivative(kind):
+    optimizer, parameters, gradients, cotangents = prepared(kind, {}, 0)
+    gradients[0][1:] = 0.0
+    u = Update(optimizer, parameters, gradients).transpose(cotangents)[0]
+    assert not u[1:].any()
+    assert u[0].all()
+
+
+@pytest.mark.usefixtures("counts_in_double")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9, "lr": torch.tensor(0.05, dtype=torch.double)}),
+        (torch.optim.AdamW, {"lr": torch.tensor(0.05, dtype=torch.double), "foreach": False}),
+    ],
+)
+def test_leaves_to_autograd_what_it_does_not_know(kind, options):
+    parameters = [torch.randn(3, 4, dtype=torch.double)]
+    gradients, cotangents = ([torch.randn(3, 4, dtype=torch.double)] for _ in range(2))
+    asked = kind(parameters, **({"lr": 0.05} | options))
+    assert not has_closed_form(asked)
+    plain = kind(parameters, lr=0.05, momentum=0.9) if kind is torch.optim.SGD else kind(parameters, lr=0.05)
+    assert has_closed_form(plain)
+    # At a first step the largest second moment is the second moment.
+    found, expected = (Update(optimizer, parameters, gradients) for optimizer in (asked, plain))
+    torch.testing.assert_close(found.parameters, expected.parameters, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.transpose(cotangents), expected.transpose(cotangents), rtol=1e-7, atol=1e-15)

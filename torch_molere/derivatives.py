@@ -1,0 +1,109 @@
+r"""∂U/∂g in closed form for the optimizers most used: SGD, Adam and AdamW.
+
+Each works on every element alone, so that its Jacobian is a diagonal. With :math:`s = -1` for ``maximize``, else 1:
+
+SGD, where the gradient enters the momentum buffer with :math:`c = 1 - τ` (1 at its first step):
+
+.. math:: -s\,γ \cdot \{1, c, 1 + μc\} \quad \text{(plain, momentum, Nesterov)}
+
+Adam and AdamW (Kingma and Ba, arXiv 1412.6980, algorithm 1), at moments m and v before step t,
+:math:`r = \sqrt{v_t}`, :math:`b = \sqrt{1 - β_2^t}` and :math:`d = r / b + ε`:
+
+.. math:: \frac{-s\,γ}{1 - β_1^t} \cdot
+    \frac{(1 - β_1) β_2\,v - (1 - β_2) β_1\,m g + (1 - β_1)\,ε\,b\,r}{r\,b\,d^2}
+
+The terms :math:`(1 - β_1)(1 - β_2) g^2` of both summands of the quotient rule have cancelled on paper: at a first step
+nothing else is left but the term with ε, which rounding would bury.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+Diagonal = float | Tensor
+"""Of one parameter's Jacobian: the same everywhere, or one by element."""
+
+
+def has_closed_form(optimizer: Optimizer) -> bool:
+    """Whether :func:`diagonal` knows the update. A subclass of an optimizer may compute anything."""
+    return type(optimizer) in (SGD, Adam, AdamW) and not any(
+        group.get("amsgrad", False)
+        or any(isinstance(number, Tensor) for number in (group["lr"], *group.get("betas", ())))
+        or any(parameter.is_complex() for parameter in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def diagonal(
+    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Diagonal | None]:
+    """∂U/∂g of the optimizer's next step, by parameter; None for one without a gradient, which the step leaves alone.
+
+    Zero where the update has no finite derivative: for Adam at a gradient and a second moment of exactly zero.
+
+    Args:
+        optimizer: at its present state, which is read; one that :func:`has_closed_form` accepts.
+        parameters: each held by ``optimizer``.
+        gradients: one for each parameter.
+    """
+    gradient_of = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+    found: dict[Tensor, Diagonal] = {}
+    for group in optimizer.param_groups:
+        moved = [parameter for parameter in group["params"] if parameter in gradient_of]
+        if isinstance(optimizer, SGD):
+            found |= {parameter: _sgd(group, optimizer.state.get(parameter, {})) for parameter in moved}
+            continue
+        if isinstance(optimizer, AdamW) or not group["weight_decay"]:
+            group = {**group, "decoupled_weight_decay": True}
+        # One by one they stay in a processor's cache; all together they are few launches on an accelerator.
+        on_cpu = any(parameter.device.type == "cpu" for parameter in moved)
+        for part in [[parameter] for parameter in moved] if on_cpu else [moved]:
+            states = [optimizer.state.get(parameter, {}) for parameter in part]
+            found |= zip(part, _adam(group, part, [gradient_of[p] for p in part], states), strict=True)
+    return [found.get(parameter) for parameter in parameters]
+
+
+def _sgd(group: dict[str, Any], state: dict[str, Any]) -> float:
+    rate: float = group["lr"] if group["maximize"] else -group["lr"]
+    if not group["momentum"]:
+        return rate
+    entering = 1.0 if state.get("momentum_buffer") is None else 1.0 - group["dampening"]
+    return rate * (1.0 + group["momentum"] * entering if group["nesterov"] else entering)
+
+
+@torch.no_grad()
+def _adam(
+    group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+) -> list[Tensor]:
+    (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"] if group["maximize"] else -group["lr"]
+    taken = iter(torch.stack([state["step"] for state in states if state]).tolist() if any(states) else [])
+    counts = [1.0 + (next(taken) if state else 0.0) for state in states]
+    b = [math.sqrt(1.0 - beta2**t) for t in counts]
+    # As d = (r + εb) / b, the quotient is that of the three terms times this factor and r (r + εb)².
+    factors = [rate * each / (1.0 - beta1**t) for t, each in zip(counts, b, strict=True)]
+    m, v = (
+        [state[name] if state else torch.zeros_like(p) for p, state in zip(parameters, states, strict=True)]
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    g = list(torch._foreach_neg(gradients)) if group["maximize"] else gradients
+    if not group["decoupled_weight_decay"]:
+        g = list(torch._foreach_add(g, parameters, alpha=group["weight_decay"]))
+    r = torch._foreach_mul(v, beta2)
+    torch._foreach_addcmul_(r, g, g, 1.0 - beta2)
+    torch._foreach_sqrt_(r)
+    found = torch._foreach_mul(
+        r, [factor * (1.0 - beta1) * eps * each for factor, each in zip(factors, b, strict=True)]
+    )
+    torch._foreach_addcmul_(found, m, g, [-factor * (1.0 - beta2) * beta1 for factor in factors])
+    torch._foreach_add_(found, torch._foreach_mul(v, [factor * (1.0 - beta1) * beta2 for factor in factors]))
+    torch._foreach_div_(found, r)
+    torch._foreach_add_(r, [eps * each for each in b])
+    torch._foreach_div_(found, r)
+    torch._foreach_div_(found, r)
+    return [each.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for each in found]

@@ -14,7 +14,7 @@ from benchmarks import results
 from benchmarks.contenders import CONTENDERS
 from benchmarks.provenance import machine_name
 from benchmarks.ranks import summarised
-from benchmarks.speed import summary
+from benchmarks.speed import ALLOCATORS, summary
 from benchmarks.speed_figures import draw_growth, draw_steps
 
 STORED = Path("benchmarks/results")
@@ -79,8 +79,11 @@ def speed(stored: Path) -> str:
         added.append([title, *_added(ratios)])
     for model, title in MODELS.items():
         for path in stored.glob(f"speed-memory-{model}-*-cpu.csv"):
-            peaks = pd.read_csv(path).set_index("contender").whole
-            columns[f"memory, {title}"] = {name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()}
+            for allocator, frame in pd.read_csv(path).groupby("allocator"):
+                peaks = frame.groupby("contender").whole.median()
+                columns[f"memory, {title}, {allocator}"] = {
+                    name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()
+                }
             sources.append(_config(path))
     if not sources:
         return "Not measured yet.\n"
@@ -96,7 +99,8 @@ def speed(stored: Path) -> str:
         f"{results.markdown_table([['', 'MOLERE', *PEERS], *added])}\n"
         "<details><summary>All contenders: engines, orders, one meta-gradient alone, and memory</summary>\n\n"
         "Medians. The lines “gradient” are one meta-gradient alone, in the same unit. Memory is the peak of a whole "
-        "process of its own.\n\n"
+        "process of its own, as glibc allocates it and with what is freed handed back "
+        f"(`MALLOC_MMAP_THRESHOLD_={ALLOCATORS['handing back']['MALLOC_MMAP_THRESHOLD_']}`).\n\n"
         f"{results.markdown_table([['', *columns], *rows])}\n"
         + "".join(f"- `{command}`\n" for command in dict.fromkeys(s["command"] for s in sources))
         + "\n</details>\n"

@@ -9,8 +9,10 @@ drifts for all; figures are medians over the rounds of the ratio to plain traini
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+import os
 import random
 import resource
 import subprocess
@@ -46,6 +48,10 @@ PERIOD = 5
 
 LASTING = 3
 """Rounds that a contender lasts before it is made anew: where its tensors lie in memory costs or saves per cents."""
+
+ALLOCATORS = {"glibc": {}, "handing back": {"MALLOC_MMAP_THRESHOLD_": str(2**18)}}
+"""By name, the environment of a process: as it is, and with blocks of 256 KiB and more handed back once freed, so that
+the peak is of what is needed and not of the gaps that small tensors leave between the activations of steps gone by."""
 
 Models = Annotated[str, typer.Option(help="Comma-separated: conv, resnet20, mlp, vit-tiny, wrn-28-10, resnet50.")]
 Optimizers = Annotated[str, typer.Option(help="Comma-separated: sgd, adamw.")]
@@ -178,8 +184,7 @@ def steps(
     out: Out = RESULTS,
 ) -> None:
     """Time of one training step, and of one meta-gradient alone, for every contender."""
-    parts = ("ERM", *only) if only else ("",)
-    chosen = {name: factory for name, factory in CONTENDERS.items() if any(part in name for part in parts)}
+    chosen = _chosen(only)
     for model in models.split(","):
         for optimizer in optimizers.split(","):
             task = task_of(model, optimizer, device, batch)
@@ -194,34 +199,48 @@ def steps(
             _show(frame, ["model", "optimizer"], f"Time of a step, batch {batch}, {device}")
 
 
+def _chosen(only: list[str] | None) -> dict[str, Callable[[Task], Step]]:
+    parts = ("ERM", *only) if only else ("",)
+    return {name: factory for name, factory in CONTENDERS.items() if any(part in name for part in parts)}
+
+
 @app.command()
 def memory(
     models: Models = "conv,resnet20",
     optimizer: str = "sgd",
+    count: Annotated[int, typer.Option("--rounds", min=1)] = 1,
     batch: int = 128,
+    only: Only = None,
     device: Device = "cpu",
     out: Out = RESULTS,
 ) -> None:
-    """Peak memory of training, each contender in a process of its own."""
+    """Peak memory of training, each contender in a process of its own; on the CPU by two ways to allocate it."""
     for model in models.split(","):
         rows, errors = [], {}
-        for name in track(CONTENDERS, model, console=console):
+        allocators = ALLOCATORS if device == "cpu" else {"CUDA": {}}
+        runs = list(itertools.product(range(count), allocators, _chosen(only)))
+        for number, allocator, name in track(runs, model, console=console):
             child = [sys.executable, "-m", "benchmarks.speed", "peak", model, optimizer, name]
             done = subprocess.run(
-                [*child, "--batch", str(batch), "--device", device], capture_output=True, text=True, check=False
+                [*child, "--batch", str(batch), "--device", device],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=os.environ | allocators[allocator],
             )
             if done.returncode == 0:
                 added, whole = map(int, done.stdout.split()[-2:])
-                rows.append((model, optimizer, name, 0, added, whole))
+                rows.append((model, optimizer, allocator, name, number, added, whole))
             else:
                 errors[name] = done.stderr.strip().splitlines()[-1]
-        frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "added", "whole"])
+        columns = ["model", "optimizer", "allocator", "contender", "round", "added", "whole"]
+        frame = pd.DataFrame(rows, columns=columns)
         _store(f"memory-{model}-{optimizer}", frame, out, device, {"batch": batch, "errors": errors})
         for column, title in (
             ("added", "Memory added by training at its peak"),
             ("whole", "Peak of the whole process"),
         ):
-            _show(frame, ["model"], f"{title}, batch {batch}, {device}", column)
+            _show(frame, ["model", "allocator"], f"{title}, batch {batch}, {device}", column)
 
 
 @app.command(hidden=True)

@@ -91,6 +91,15 @@ def test_some_contenders_alone(tmp_path):
     assert len(expected) > 3 and set(pd.read_csv(path).contender) == expected
 
 
+def test_memory_is_measured_by_two_ways_to_allocate(tmp_path):
+    arguments = ["memory", "--models", "mlp", "--batch", "8", "--only", "ERM", "--out", str(tmp_path)]
+    done = CliRunner().invoke(speed.app, arguments)
+    assert done.exit_code == 0, done.output
+    stored = pd.read_csv(tmp_path / "speed-memory-mlp-sgd-cpu.csv").set_index("allocator")
+    assert list(stored.index) == list(speed.ALLOCATORS)
+    assert (0 <= stored.added).all() and (stored.added < stored.whole).all()
+
+
 @pytest.mark.parametrize("command", ["steps", "error"])
 def test_commands_store_their_results(command, tmp_path):
     options = {"steps": ["--rounds", "1", "--batch", "4"], "error": ["--training-steps", "4", "--seeds", "1"]}[command]

@@ -56,14 +56,15 @@ def diagonal(
     found: dict[Tensor, Diagonal] = {}
     for group in optimizer.param_groups:
         moved = [parameter for parameter in group["params"] if parameter in gradient_of]
+        if not moved:
+            continue
         if isinstance(optimizer, SGD):
             found |= {parameter: _sgd(group, optimizer.state.get(parameter, {})) for parameter in moved}
             continue
         if isinstance(optimizer, AdamW) or not group["weight_decay"]:
             group = {**group, "decoupled_weight_decay": True}
         # One by one they stay in a processor's cache; all together they are few launches on an accelerator.
-        on_cpu = any(parameter.device.type == "cpu" for parameter in moved)
-        for part in [[parameter] for parameter in moved] if on_cpu else [moved]:
+        for part in [[parameter] for parameter in moved] if moved[0].device.type == "cpu" else [moved]:
             states = [optimizer.state.get(parameter, {}) for parameter in part]
             found |= zip(part, _adam(group, part, [gradient_of[p] for p in part], states), strict=True)
     return [found.get(parameter) for parameter in parameters]

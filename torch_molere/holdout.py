@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,18 +94,34 @@ class HoldOut:
         """Positions of the instances not to be trained on."""
         return choice.validation if self.holding_out else choice.probed
 
-    def choose(self, samples: Samples, warming_up: bool) -> Choice:
-        """Which instances go to validation; nothing changes yet.
+    def probabilities(self, samples: Samples, warming_up: bool) -> list[Tensor]:
+        """What :meth:`choose` goes by, still on the device: ``(B,)`` p and, where rows are looked at for overfitting,
+        ``(B,)`` below 1/2 for those that are never to be trained on.
+
+        Raises:
+            ValueError: if the splitter does not return ``(B,)``, or the batch does not fit the buffer.
+        """
+        self.buffer.check((samples.arguments, samples.targets))
+        size = samples.losses.shape[0]
+        with torch.no_grad():
+            p = (self.warmup_splitter if warming_up else self.splitter)(samples)
+        if not isinstance(p, Tensor) or p.shape != (size,):
+            found = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(f"splitter must return ({size},) probabilities, got {found}")
+        return [p, self.probe(samples)] if self.hold_out == "auto" and samples.indices is not None else [p]
+
+    def choose(self, samples: Samples, p: list[float], probe: Sequence[float] = ()) -> Choice:
+        """Which instances go to validation, by :meth:`probabilities`; nothing changes yet.
 
         Those with p < 1/2, rows already held first, then the smallest p, within the quota and the label balance.
 
         Raises:
-            ValueError: if the splitter does not return ``(B,)`` probabilities, or the batch does not fit the buffer.
+            ValueError: if the splitter's p are no probabilities.
         """
-        self.buffer.check((samples.arguments, samples.targets))
-        p, probe = self._probabilities(samples, warming_up)
-        for i in probe:
-            p[i] = 0.0
+        if not all(0.0 <= value <= 1.0 for value in p):
+            raise ValueError(f"splitter must return probabilities in [0, 1], got {min(p)} to {max(p)}")
+        never_trained_on = {i for i, u in enumerate(probe) if u < 0.5}
+        p = [0.0 if i in never_trained_on else value for i, value in enumerate(p)]
         rows, classes = samples.on_host.rows, samples.on_host.classes or [0] * len(p)
         low, high = self.quota.bounds(len(p))
         held = [False] * len(p)
@@ -119,12 +136,12 @@ class HoldOut:
         for i in sorted(range(len(p)), key=lambda i: (p[i] >= 0.5, not held[i], p[i])):
             if len(chosen) + refused >= (high if p[i] < 0.5 else low):
                 break
-            if i in probe:
+            if i in never_trained_on:
                 probed.append(i)
             label = classes[i]
             if not held[i]:
                 if not self.buffer.accepts(label, shares[label], sum(added.values()), added.get(label, 0)):
-                    refused += i in probe
+                    refused += i in never_trained_on
                     continue
                 added[label] = added.get(label, 0) + 1
             chosen.append(i)
@@ -179,21 +196,6 @@ class HoldOut:
             self.optimizer.zero_grad()
         easy = ((p_validation >= 0.5) & validation.correct).tolist()
         self.buffer.release([slot for slot, is_easy in zip(slots, easy, strict=True) if is_easy], keep=len(slots))
-
-    def _probabilities(self, samples: Samples, warming_up: bool) -> tuple[list[float], set[int]]:
-        """What the splitter says, and the positions of the rows that are never to be trained on."""
-        size = samples.losses.shape[0]
-        with torch.no_grad():
-            p = (self.warmup_splitter if warming_up else self.splitter)(samples)
-        if not isinstance(p, Tensor) or p.shape != (size,):
-            found = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
-            raise ValueError(f"splitter must return ({size},) probabilities, got {found}")
-        probing = self.hold_out == "auto" and samples.indices is not None
-        probe = self.probe(samples) if probing else torch.ones_like(p, dtype=torch.double)
-        values, probed = torch.stack([p.double(), probe]).tolist()  # one reading of the device
-        if not all(0.0 <= value <= 1.0 for value in values):
-            raise ValueError(f"splitter must return probabilities in [0, 1], got {min(values)} to {max(values)}")
-        return values, {i for i, u in enumerate(probed) if u < 0.5}
 
     def state_dict(self) -> dict[str, Any]:
         """Θ, its optimizer, the buffer, the quota and what is known of overfitting."""

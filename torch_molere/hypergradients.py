@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import higher
 import torch
@@ -40,7 +41,7 @@ from torch_molere.evaluation import (
     per_sample_losses,
     preserved_randomness,
 )
-from torch_molere.layout import channels_last
+from torch_molere.layout import ChannelsLast, channels_last
 from torch_molere.sharded import any_sharded, full, is_sharded, standing_in
 from torch_molere.update import Update, check_differentiable
 
@@ -50,13 +51,16 @@ ENGINES: tuple[Engine, ...] = ("auto", "forward", "finite", "unrolled")
 _FORWARD_AD = threading.RLock()
 """PyTorch's forward-mode levels are those of the process: one thread at a time."""
 
+_LAYOUTS: WeakKeyDictionary[nn.Module, ChannelsLast] = WeakKeyDictionary()
+"""What was found out about the models that :func:`hypergradient` was called with."""
+
 
 @dataclass(frozen=True)
 class TrainingForward:
     """A forward of the training batch that can be repeated at other parameters exactly as it ran.
 
     Dropout masks come from the same random state, and buffers (batch-norm statistics, spectral-norm vectors) start
-    from the values they had before it.
+    from the values they had before it. In channels-last order the values are the same but for rounding.
     """
 
     model: nn.Module
@@ -65,12 +69,15 @@ class TrainingForward:
     targets: Any
     random_state: RandomState
     buffers: dict[str, Tensor]
+    in_channels_last: bool = False
 
     def losses(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """``(B,)`` losses with ``parameters`` (by name) in place of the model's, in the parameters' own precision."""
-        device = self.random_state.device
+        device, arguments = self.random_state.device, self.arguments
+        if self.in_channels_last:
+            arguments, parameters = channels_last(arguments), channels_last(dict(parameters))
         with preserved_randomness(device, self.random_state), torch.autocast(device.type, enabled=False):
-            outputs = evaluate(self.model, self.arguments, parameters, self.buffers)
+            outputs = evaluate(self.model, arguments, parameters, self.buffers)
             return per_sample_losses(self.loss_fn, outputs, self.targets)
 
     def of_first(self, count: int) -> TrainingForward:
@@ -253,6 +260,9 @@ def hypergradient(
     check_differentiable(optimizer)
     names = list(parameters)
     before = {name: parameter.detach() for name, parameter in parameters.items()}
+    layout = _LAYOUTS.setdefault(model, ChannelsLast())
+    in_channels_last = layout.serves(model, loss_fn, (forward.arguments, targets), before, random_state)
+    forward = replace(forward, in_channels_last=in_channels_last)
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
     with torch.enable_grad():
         losses = forward.losses(leaves)
@@ -260,7 +270,9 @@ def hypergradient(
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     update = Update(optimizer, list(parameters.values()), gradients)
     after = dict(zip(names, update.parameters, strict=True))
-    cotangents = validation_gradient(model, loss_fn, validation, after, together=False).gradients
+    cotangents = validation_gradient(
+        model, loss_fn, validation, after, together=False, in_channels_last=in_channels_last
+    ).gradients
     direction = dict(zip(names, update.transpose(cotangents), strict=True))
     derivative: Tensor
     if engine == "finite":

@@ -1,4 +1,4 @@
-"""The memory order of images in the meta-update: channels last, in which the CPU's convolutions take less time."""
+"""The memory order of images in the meta-gradient: channels last, in which the CPU's convolutions take less time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_molere.evaluation import (
     Arguments,
     LossFn,
+    RandomState,
     device_of,
     evaluate,
     map_tensors,
@@ -34,14 +35,16 @@ def channels_last(tree: Any) -> Any:
 
 
 class ChannelsLast:
-    """Whether the validation forward and backward are to run in channels-last order, found out once for a model.
+    """Whether the meta-gradient's forwards and backward are to run in channels-last order, found out once for a model.
 
     It is where a float32 model on the CPU has two-dimensional convolutions, and its losses come out the same: a model
-    that takes views of contiguous memory fails in the other order, and one with dropout draws other masks.
+    that takes views of contiguous memory fails in the other order, and one with dropout draws other masks. A change
+    between training and evaluation mode, in any part of the model, asks anew.
     """
 
     def __init__(self) -> None:
         self.chosen: bool | None = None
+        self.modes: list[bool] | None = None  # in which that was found out; None after loading
 
     def serves(
         self,
@@ -49,11 +52,15 @@ class ChannelsLast:
         loss_fn: LossFn,
         batch: tuple[Arguments, Any],
         parameters: Mapping[str, Tensor],
-        seed: int,
+        random_state: RandomState | int,
     ) -> bool:
-        """Whether it serves the model, tried on a validation batch at ``parameters`` the first time."""
-        if self.chosen is None:
-            self.chosen = _concerned(model) and _same(model, loss_fn, batch, parameters, seed)
+        """Whether it serves the model, tried on a batch at ``parameters`` the first time."""
+        if not _concerned(model):
+            return False
+        modes = [module.training for module in model.modules()]
+        if self.chosen is None or self.modes not in (None, modes):
+            self.chosen = _same(model, loss_fn, batch, parameters, random_state)
+        self.modes = modes
         return self.chosen
 
     def state_dict(self) -> dict[str, bool | None]:
@@ -68,7 +75,7 @@ class ChannelsLast:
         """
         if not (state["chosen"] is None or isinstance(state["chosen"], bool)):
             raise ValueError(f"channels_last must be True, False or None, got {state['chosen']!r:.60}")
-        self.chosen = state["chosen"]
+        self.chosen, self.modes = state["chosen"], None
 
 
 def _concerned(model: nn.Module) -> bool:
@@ -81,10 +88,14 @@ def _concerned(model: nn.Module) -> bool:
 
 
 def _same(
-    model: nn.Module, loss_fn: LossFn, batch: tuple[Arguments, Any], parameters: Mapping[str, Tensor], seed: int
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: tuple[Arguments, Any],
+    parameters: Mapping[str, Tensor],
+    random_state: RandomState | int,
 ) -> bool:
     def losses(arguments: Arguments, parameters: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad(), preserved_randomness(device_of(model), seed):
+        with torch.no_grad(), preserved_randomness(device_of(model), random_state):
             outputs = evaluate(model, arguments, parameters, dict(model.named_buffers()))
             return per_sample_losses(loss_fn, outputs, batch[1])
 

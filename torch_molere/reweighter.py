@@ -481,7 +481,7 @@ class MetaReweighter:
             if not inside_another:
                 self._journal.keep(self, "result", "_draws", "_call", "_weighted")
                 self._journal.keep(self._directional_derivative, "engine", "repeatable")
-                self._journal.keep(self._channels_last, "chosen")
+                self._journal.keep(self._channels_last, "chosen", "modes")
                 self._weighted = list(self._weighted)
                 networks = [self.weighting] if self.splitter is None else [self.weighting, self.splitter]
                 self._journal.keep_tensors([buffer for network in networks for buffer in network.buffers()])
@@ -515,15 +515,22 @@ class MetaReweighter:
         check_synchronised(self._network)
         self._make_alike()
         samples = self._samples(call.arguments, outputs, targets, losses.detach(), _checked_indices(indices, losses))
-        _check_values(samples)
         due = (self.steps - self.warmup_steps) % self.every == 0
         meta = due and not self.warming_up
-        choice: Choice | None = None
+        p: list[Tensor] = []
         if self.holdout is not None:
             with self._aside(losses.device):
-                choice = self.holdout.choose(samples, self.warming_up)
-        left_out = [] if self.holdout is None or choice is None else self.holdout.left_out(choice)
-        weights = self._weights(samples, left_out, graph=meta)
+                p = self.holdout.probabilities(samples, self.warming_up)
+        raw = self._raw_weights(samples, graph=meta)
+        given, *split = samples.read(raw, *p)  # the one time that a step without a meta-update waits for the device
+        _check_values(samples)
+        _check_weights(given)
+        choice: Choice | None = None
+        left_out: list[int] = []
+        if self.holdout is not None:
+            choice = self.holdout.choose(samples, *split)
+            left_out = self.holdout.left_out(choice)
+        weights = _normalised(raw, left_out, samples)
         if self.holdout is not None and choice is not None:
             self.holdout.put(samples, choice)
             self.holdout.observe(samples, choice, self.steps, decide=due)
@@ -536,7 +543,9 @@ class MetaReweighter:
             weighted = _Weighted(forward, samples, weights, losses.detach())
             if self.order == "before":
                 val_loss = self._meta_update([weighted], self._virtual_gradients(losses, weights))
-                weights = self._weights(samples, left_out, graph=False)
+                raw = self._raw_weights(samples, graph=False)
+                _check_weights(raw.tolist())
+                weights = _normalised(raw, left_out, samples)
         loss, own = _weighted_mean(losses, weights)
         if weighted is not None and self.order == "after":
             loss.register_hook(partial(self._backward_through, weighted))
@@ -567,21 +576,17 @@ class MetaReweighter:
                 raise ValueError(f"correct_fn must return ({losses.shape[0]},) bool, got {found}")
         return Samples(arguments, targets, outputs, losses, correct, indices)
 
-    def _weights(self, samples: Samples, left_out: list[int], graph: bool) -> _Weights:
-        """w̄, with its graph to φ if asked for; exactly one each during warm-up."""
-        size = samples.losses.shape[0]
-        training = ~_mask(left_out, samples) if left_out else None
-        count = size - len(left_out)
+    def _raw_weights(self, samples: Samples, graph: bool) -> Tensor:
+        """``(B,)`` w as φ gives them, with their graph to it if asked for; one each during warm-up."""
         if self.warming_up:
-            return _shared(torch.ones_like(samples.losses), training, count)
+            return torch.ones_like(samples.losses)
         with torch.set_grad_enabled(graph), self._aside(samples.losses.device):
             weights = self.weighting(samples)
-            if not isinstance(weights, Tensor) or weights.shape != (size,):
-                found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-                raise ValueError(f"weighting must return ({size},) weights, got {found}")
-            if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-                raise ValueError("weighting must return finite weights ≥ 0, got negative, NaN or infinite ones")
-            return _shared(weights, training, count)
+        size = samples.losses.shape[0]
+        if not isinstance(weights, Tensor) or weights.shape != (size,):
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"weighting must return ({size},) weights, got {found}")
+        return weights
 
     @contextmanager
     def _aside(self, device: torch.device) -> Iterator[None]:
@@ -660,6 +665,7 @@ class MetaReweighter:
             parameters = {name: parameter.detach() for name, parameter in held.items()}
             update = Update(self.optimizer, list(held.values()), gradients)
             after = dict(zip(parameters, update.parameters, strict=True))
+            in_channels_last = self._channels_last.serves(self._network, self.val_loss_fn, batch, after, seed)
             validation = validation_gradient(
                 self._network,
                 self.val_loss_fn,
@@ -667,15 +673,16 @@ class MetaReweighter:
                 after,
                 seed,
                 splitter_loss_fn=self.loss_fn,
-                in_channels_last=self._channels_last.serves(self._network, self.val_loss_fn, batch, after, seed),
+                in_channels_last=in_channels_last,
             )
             if self.engine == "unrolled":
                 derivatives = [self._unrolled(weighted, batch, seed)]
             else:
                 u = dict(zip(parameters, update.transpose(validation.gradients), strict=True))
+                forwards = [replace(w.forward, in_channels_last=in_channels_last) for w in weighted]
                 derivatives = [
-                    self._directional_derivative(w.forward, parameters, u, w.losses) / w.weights.count * w.scale
-                    for w in weighted
+                    self._directional_derivative(forward, parameters, u, w.losses) / w.weights.count * w.scale
+                    for w, forward in zip(weighted, forwards, strict=True)
                 ]
             derivatives = [gathered(derivative)[0] for derivative in derivatives]
         val_loss = validation.mean
@@ -755,6 +762,11 @@ def _mask(positions: list[int], samples: Samples) -> Tensor:
     mask = torch.zeros(samples.losses.shape[0], dtype=torch.bool)
     mask[positions] = True
     return mask.to(samples.losses.device, non_blocking=True)
+
+
+def _normalised(raw: Tensor, left_out: list[int], samples: Samples) -> _Weights:
+    """w̄ of what φ gave, zero where left out; exactly one each where all are equal."""
+    return _shared(raw, ~_mask(left_out, samples) if left_out else None, len(raw) - len(left_out))
 
 
 def _shared(weights: Tensor, training: Tensor | None, count: int) -> _Weights:
@@ -842,6 +854,11 @@ def _check_values(samples: Samples) -> None:
     lowest = min(samples.on_host.rows or [0])
     if lowest < 0:
         raise ValueError(f"indices must be ≥ 0, got {lowest}")
+
+
+def _check_weights(weights: list[float]) -> None:
+    if not all(0.0 <= weight < math.inf for weight in weights):
+        raise ValueError("weighting must return finite weights ≥ 0, got negative, NaN or infinite ones")
 
 
 def _checked_indices(indices: Any, losses: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,11 +59,22 @@ class Samples:
     @cached_property
     def on_host(self) -> OnHost:
         """Losses, classes and rows, read from the device at once: each reading waits for all that is queued there."""
+        return self._read()[0]
+
+    def read(self, *columns: Tensor) -> list[list[float]]:
+        """More ``(B,)`` columns, in the reading of :attr:`on_host` where that is still to come."""
+        if "on_host" in vars(self):
+            return _lists(columns)
+        vars(self)["on_host"], lists = self._read(*columns)  # where the cached property keeps it
+        return lists
+
+    def _read(self, *columns: Tensor) -> tuple[OnHost, list[list[float]]]:
         known = [column for column in (self.losses, self.classes, self.indices) if column is not None]
-        losses, *numbers = torch.stack([c.to(self.losses.device, torch.double) for c in known]).tolist()
+        losses, *numbers = _lists([column.to(self.losses.device) for column in (*known, *columns)])
         integers = ([int(number) for number in column] for column in numbers)
         classes = None if self.classes is None else next(integers)
-        return OnHost(losses, classes, None if self.indices is None else next(integers))
+        rows = None if self.indices is None else next(integers)
+        return OnHost(losses, classes, rows), numbers[len(known) - 1 :]
 
     @cached_property
     def margins(self) -> Tensor:
@@ -77,6 +88,10 @@ class Samples:
             raise ValueError("margins need floating (B, C) logits and (B,) integer class-index targets")
         check_classes(min(classes), max(classes), self.outputs.shape[1])
         return margins_of(self.outputs, self.targets)
+
+
+def _lists(columns: Sequence[Tensor]) -> list[list[float]]:
+    return torch.stack([column.detach().double() for column in columns]).tolist() if columns else []
 
 
 def is_classification(outputs: Any, targets: Any) -> bool:

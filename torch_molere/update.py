@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_molere.derivatives import Diagonal, diagonal, has_closed_form
+
+PART = 2**20
+"""How many elements of parameters are looked at together. All at once, the copies of Adam's state would be the largest
+part of what a meta-update takes; memory just let go of is taken up again at once."""
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -69,8 +73,9 @@ class Update:
         self._gradients = [None if g is None else g.detach() for g in gradients]
         if has_closed_form(optimizer):
             self._diagonal = diagonal(optimizer, parameters, self._gradients)
-            twin, self._after = _twin(optimizer, parameters, self._gradients, differentiable=False)
-            twin.step()
+            self._after = [
+                after for part in _parts(parameters) for after in _stepped(optimizer, parameters[part], gradients[part])
+            ]
             return
         for gradient in self._gradients:
             if gradient is not None:
@@ -112,6 +117,26 @@ class Update:
         found = iter(torch.autograd.grad(after, reached, v, allow_unused=True))
         transposed = [None if gradient is None else next(found) for gradient in self._gradients]
         return [None if u is None else u.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for u in transposed]
+
+
+def _parts(parameters: Sequence[Tensor]) -> Iterator[slice]:
+    """Consecutive parameters whose state is copied at once; elementwise updates can be taken in parts."""
+    first = elements = 0
+    for place, parameter in enumerate(parameters):
+        if elements and elements + parameter.numel() > PART:
+            yield slice(first, place)
+            first, elements = place, 0
+        elements += parameter.numel()
+    yield slice(first, len(parameters))
+
+
+def _stepped(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Copies of some of the parameters after the optimizer's step; those of their states are let go of."""
+    twin, copies = _twin(optimizer, parameters, gradients, differentiable=False)
+    twin.step()
+    for copy in copies:
+        copy.grad = None
+    return copies
 
 
 def _twin(

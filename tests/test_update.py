@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from torch_molere.derivatives import _adam, diagonal, has_closed_form
+from torch_molere.derivatives import diagonal, has_closed_form
+from torch_molere.pieces import as_a_whole, in_pieces
 from torch_molere.update import Update
 
 
@@ -75,7 +76,7 @@ def test_closed_form_equals_autograd(kind, own, options, taken, without):
             gradients[without] = None
         cotangents[1] = None
         update = Update(optimizer, parameters, gradients)
-        found.append((update.parameters, update.transpose(cotangents)))
+        found.append((update.look_ahead(), update.transpose(cotangents)))
     # At Adam's first step, here always the third parameter's, autograd is left with rounding.
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-15)
     assert found[0][1][0 if without == 2 else 2].abs().min() > 0
@@ -88,12 +89,12 @@ def test_closed_form_equals_autograd(kind, own, options, taken, without):
 def test_looks_at_the_very_step_that_follows(kind, own, options, implementation, taken):
     optimizer, parameters, gradients, _ = prepared(kind, options | implementation, taken, torch.float)
     before = copy.deepcopy((parameters, optimizer.state_dict()))
-    update = Update(optimizer, parameters, gradients)
+    after = Update(optimizer, parameters, gradients).look_ahead()
     torch.testing.assert_close((parameters, optimizer.state_dict()), before, rtol=0, atol=0)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
-    torch.testing.assert_close(update.parameters, parameters, rtol=0, atol=0)
+    torch.testing.assert_close(after, parameters, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 6])
@@ -108,11 +109,39 @@ def test_single_precision_is_enough(taken):
 def test_all_parameters_together_as_one_by_one(options):
     """On an accelerator a group's parameters go through together, whatever the count of their steps."""
     optimizer, parameters, gradients, _ = prepared(torch.optim.Adam, options, 3)
-    one_by_one = diagonal(optimizer, parameters, gradients)
-    group = {**optimizer.param_groups[0], "lr": 1.0}
-    together = _adam(group, parameters, gradients, [optimizer.state.get(p, {}) for p in parameters])
-    for found, expected, rate in zip(together, one_by_one, (0.05, 0.05, 0.2), strict=True):
-        torch.testing.assert_close(rate * found, expected, rtol=1e-12, atol=0)
+    pieces = as_a_whole(optimizer, parameters, parameters, gradients)
+    one_by_one = [diagonal(optimizer, [piece])[0] for piece in pieces]
+    torch.testing.assert_close(diagonal(optimizer, pieces), one_by_one, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "own", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("taken", [0, 6])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_in_pieces_as_a_whole(kind, own, options, taken, size, monkeypatch):
+    found = []
+    for each in (size, 100):
+        monkeypatch.setattr("torch_molere.pieces.SIZE", each)
+        optimizer, parameters, gradients, cotangents = prepared(kind, options, taken)
+        gradients[2], cotangents[1] = None, None
+        pieces = list(in_pieces(optimizer, parameters, parameters, gradients))
+        assert len(pieces) == {1: 21, 3: 8, 5: 5, 100: 1}[each]  # of 12, 5 and 4 elements
+        update = Update(optimizer, parameters, gradients)
+        found.append((update.look_ahead(), update.transpose(cotangents)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_pieces_cover_every_element_once(monkeypatch):
+    monkeypatch.setattr("torch_molere.pieces.SIZE", 5)
+    optimizer, parameters, gradients, _ = prepared(torch.optim.Adam, {}, 3)
+    gradients[0] = gradients[0].t().contiguous().t()  # of which there are no flat views
+    for pieces in in_pieces(optimizer, parameters, parameters, gradients):
+        assert len(pieces) == 1 or sum(piece.values.numel() for piece in pieces) <= 5
+        for piece in pieces:
+            piece.values.add_(1.0)
+            assert all(value.shape in (piece.values.shape, ()) for value in piece.state.values())
+            assert (piece.elements is None) == (piece.owner is not parameters[1] or piece.values.numel() == 5)
+    unchanged = prepared(torch.optim.Adam, {}, 3)[1]
+    torch.testing.assert_close(parameters, [parameter + 1.0 for parameter in unchanged], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, OwnAdam])
@@ -142,5 +171,5 @@ def test_leaves_to_autograd_what_it_does_not_know(kind, options):
     assert has_closed_form(plain)
     # At a first step the largest second moment is the second moment.
     found, expected = (Update(optimizer, parameters, gradients) for optimizer in (asked, plain))
-    torch.testing.assert_close(found.parameters, expected.parameters, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.look_ahead(), expected.look_ahead(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.transpose(cotangents), expected.transpose(cotangents), rtol=1e-7, atol=1e-15)

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from torch_molere.pieces import Piece
+
 Diagonal = float | Tensor
-"""Of one parameter's Jacobian: the same everywhere, or one by element."""
+"""Of the Jacobian of one piece: the same everywhere, or one by element."""
 
 
 def has_closed_form(optimizer: Optimizer) -> bool:
@@ -40,34 +42,28 @@ def has_closed_form(optimizer: Optimizer) -> bool:
     )
 
 
-def diagonal(
-    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
-) -> list[Diagonal | None]:
-    """∂U/∂g of the optimizer's next step, by parameter; None for one without a gradient, which the step leaves alone.
+def diagonal(optimizer: Optimizer, pieces: Sequence[Piece]) -> list[Diagonal]:
+    """∂U/∂g of the optimizer's next step, by piece.
 
     Zero where the update has no finite derivative: for Adam at a gradient and a second moment of exactly zero.
 
     Args:
         optimizer: at its present state, which is read; one that :func:`has_closed_form` accepts.
-        parameters: each held by ``optimizer``.
-        gradients: one for each parameter.
+        pieces: of parameters that it holds, each with a gradient.
     """
-    gradient_of = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
-    found: dict[Tensor, Diagonal] = {}
+    found: dict[int, Diagonal] = {}
     for group in optimizer.param_groups:
-        moved = [parameter for parameter in group["params"] if parameter in gradient_of]
-        if not moved:
+        held = set(group["params"])
+        own = [place for place, piece in enumerate(pieces) if piece.owner in held]
+        if not own:
             continue
         if isinstance(optimizer, SGD):
-            found |= {parameter: _sgd(group, optimizer.state.get(parameter, {})) for parameter in moved}
+            found |= {place: _sgd(group, pieces[place].state) for place in own}
             continue
         if isinstance(optimizer, AdamW) or not group["weight_decay"]:
             group = {**group, "decoupled_weight_decay": True}
-        # One by one they stay in a processor's cache; all together they are few launches on an accelerator.
-        for part in [[parameter] for parameter in moved] if moved[0].device.type == "cpu" else [moved]:
-            states = [optimizer.state.get(parameter, {}) for parameter in part]
-            found |= zip(part, _adam(group, part, [gradient_of[p] for p in part], states), strict=True)
-    return [found.get(parameter) for parameter in parameters]
+        found |= zip(own, _adam(group, [pieces[place] for place in own]), strict=True)
+    return [found[place] for place in range(len(pieces))]
 
 
 def _sgd(group: dict[str, Any], state: dict[str, Any]) -> float:
@@ -79,9 +75,9 @@ def _sgd(group: dict[str, Any], state: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def _adam(
-    group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
-) -> list[Tensor]:
+def _adam(group: dict[str, Any], pieces: Sequence[Piece]) -> list[Tensor]:
+    parameters, states = [piece.values for piece in pieces], [piece.state for piece in pieces]
+    gradients = [piece.gradient for piece in pieces if piece.gradient is not None]
     (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"] if group["maximize"] else -group["lr"]
     taken = iter(torch.stack([state["step"] for state in states if state]).tolist() if any(states) else [])
     counts = [1.0 + (next(taken) if state else 0.0) for state in states]

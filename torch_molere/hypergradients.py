@@ -269,10 +269,11 @@ def hypergradient(
         loss = (weights.detach() * losses).mean()
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     update = Update(optimizer, list(parameters.values()), gradients)
-    after = dict(zip(names, update.parameters, strict=True))
+    after = dict(zip(names, update.look_ahead(), strict=True))
     cotangents = validation_gradient(
         model, loss_fn, validation, after, together=False, in_channels_last=in_channels_last
     ).gradients
+    del after  # its memory serves what follows
     direction = dict(zip(names, update.transpose(cotangents), strict=True))
     derivative: Tensor
     if engine == "finite":

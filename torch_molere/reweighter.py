@@ -664,7 +664,7 @@ class MetaReweighter:
             held = trained_parameters(self._network, self.optimizer)
             parameters = {name: parameter.detach() for name, parameter in held.items()}
             update = Update(self.optimizer, list(held.values()), gradients)
-            after = dict(zip(parameters, update.parameters, strict=True))
+            after = dict(zip(parameters, update.look_ahead(), strict=True))
             in_channels_last = self._channels_last.serves(self._network, self.val_loss_fn, batch, after, seed)
             validation = validation_gradient(
                 self._network,
@@ -675,6 +675,7 @@ class MetaReweighter:
                 splitter_loss_fn=self.loss_fn,
                 in_channels_last=in_channels_last,
             )
+            del after  # its memory serves what follows
             if self.engine == "unrolled":
                 derivatives = [self._unrolled(weighted, batch, seed)]
             else:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_molere.derivatives import Diagonal, diagonal, has_closed_form
-
-PART = 2**20
-"""How many elements of parameters are looked at together. All at once, the copies of Adam's state would be the largest
-part of what a meta-update takes; memory just let go of is taken up again at once."""
+from torch_molere.derivatives import diagonal, has_closed_form
+from torch_molere.pieces import Piece, as_a_whole, in_pieces
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -60,7 +57,7 @@ class Update:
     (:mod:`torch_molere.derivatives`) or comes from autograd through that step, taken with ``differentiable=True``.
 
     Args:
-        optimizer: any optimizer that :func:`check_differentiable` accepts.
+        optimizer: any optimizer that :func:`check_differentiable` accepts; not to be stepped before :meth:`transpose`.
         parameters: the parameters to look at, each held by ``optimizer``.
         gradients: one for each parameter, or None where the loss does not reach it (the optimizer skips it then).
     """
@@ -69,27 +66,34 @@ class Update:
         for gradient in gradients:
             if gradient is not None and gradient.is_sparse:
                 raise TypeError("sparse gradients cannot be differentiated through; use sparse=False in the embedding")
-        self._diagonal: list[Diagonal | None] | None = None
+        self._optimizer = optimizer
+        self._owners = list(parameters)
+        self._before = [parameter.detach() for parameter in parameters]
         self._gradients = [None if g is None else g.detach() for g in gradients]
-        if has_closed_form(optimizer):
-            self._diagonal = diagonal(optimizer, parameters, self._gradients)
-            self._after = [
-                after for part in _parts(parameters) for after in _stepped(optimizer, parameters[part], gradients[part])
-            ]
-            return
+        self._differentiable: list[Tensor] | None = None  # θ⁺ with its graph, where there is no closed form
+        if not has_closed_form(optimizer):
+            self._differentiable = self._with_graph()
+
+    def _with_graph(self) -> list[Tensor]:
+        after = [parameter.clone() for parameter in self._before]
         for gradient in self._gradients:
             if gradient is not None:
                 gradient.requires_grad_()
-        twin, self._after = _twin(optimizer, parameters, self._gradients, differentiable=True)
+        twin = _twin(self._optimizer, as_a_whole(self._optimizer, self._owners, after, self._gradients), True)
         with torch.enable_grad():
             if isinstance(twin, torch.optim.SGD):
                 _start_momentum(twin)
             twin.step()
+        return after
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        """θ⁺, detached, in the order given."""
-        return [parameter.detach() for parameter in self._after]
+    def look_ahead(self) -> list[Tensor]:
+        """θ⁺, detached, in the order given. It is not kept here: its memory is the caller's to let go of."""
+        if self._differentiable is not None:
+            return [parameter.detach() for parameter in self._differentiable]
+        after = [parameter.clone() for parameter in self._before]
+        for pieces in in_pieces(self._optimizer, self._owners, after, self._gradients):
+            _twin(self._optimizer, pieces, differentiable=False).step()
+        return after
 
     def transpose(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
         """``u = (∂U/∂g)ᵀ v`` for one cotangent v of θ⁺ a parameter (None stands for zero).
@@ -97,72 +101,65 @@ class Update:
         Where the update has no finite derivative (Adam at a gradient and a second moment of exactly zero, as in the
         weights of a dead unit) u is zero: there the gradients it would be multiplied with are zero too.
         """
-        derivatives = self._by_autograd(cotangents) if self._diagonal is None else self._by_diagonal(cotangents)
-        return [torch.zeros_like(after) if u is None else u for u, after in zip(derivatives, self._after, strict=True)]
+        if self._differentiable is None:
+            derivatives = self._by_diagonal(cotangents)
+        else:
+            derivatives = self._by_autograd(self._differentiable, cotangents)
+        return [torch.zeros_like(p) if u is None else u for u, p in zip(derivatives, self._before, strict=True)]
 
     def _by_diagonal(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        assert self._diagonal is not None
-        return [None if v is None or d is None else v * d for v, d in zip(cotangents, self._diagonal, strict=True)]
-
-    def _by_autograd(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        pairs = [
-            (after, v)
-            for after, v in zip(self._after, cotangents, strict=True)
-            if v is not None and after.requires_grad
+        v = {owner: each.contiguous() for owner, each in zip(self._owners, cotangents, strict=True) if each is not None}
+        reached = [
+            each
+            for each in zip(self._owners, self._before, self._gradients, strict=True)
+            if each[0] in v and each[2] is not None
         ]
+        if not reached:
+            return [None] * len(self._owners)
+        owners, before, gradients = zip(*reached, strict=True)
+        u: dict[Tensor, Tensor] = {}
+        for pieces in in_pieces(self._optimizer, owners, before, gradients):
+            for piece, factor in zip(pieces, diagonal(self._optimizer, pieces), strict=True):
+                owner = piece.owner
+                if piece.elements is None:
+                    u[owner] = v[owner] * factor
+                else:
+                    u.setdefault(owner, torch.empty_like(v[owner]))
+                    torch.mul(piece.view(v[owner]), factor, out=piece.view(u[owner]))
+        return [u.get(owner) for owner in self._owners]
+
+    def _by_autograd(self, after: list[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        pairs = [(p, v) for p, v in zip(after, cotangents, strict=True) if v is not None and p.requires_grad]
         reached = [gradient for gradient in self._gradients if gradient is not None]
         if not pairs or not reached:
             return [None] * len(self._gradients)
-        after, v = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(after, reached, v, allow_unused=True))
+        moved, v = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(moved, reached, v, allow_unused=True))
         transposed = [None if gradient is None else next(found) for gradient in self._gradients]
         return [None if u is None else u.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) for u in transposed]
 
 
-def _parts(parameters: Sequence[Tensor]) -> Iterator[slice]:
-    """Consecutive parameters whose state is copied at once; elementwise updates can be taken in parts."""
-    first = elements = 0
-    for place, parameter in enumerate(parameters):
-        if elements and elements + parameter.numel() > PART:
-            yield slice(first, place)
-            first, elements = place, 0
-        elements += parameter.numel()
-    yield slice(first, len(parameters))
-
-
-def _stepped(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Copies of some of the parameters after the optimizer's step; those of their states are let go of."""
-    twin, copies = _twin(optimizer, parameters, gradients, differentiable=False)
-    twin.step()
-    for copy in copies:
-        copy.grad = None
-    return copies
-
-
-def _twin(
-    optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], differentiable: bool
-) -> tuple[Optimizer, list[Tensor]]:
-    """The optimizer over again, holding copies of the parameters, which are returned, and of their states."""
-    copies = [parameter.detach().clone() for parameter in parameters]
-    copy_of = dict(zip(parameters, copies, strict=True))
-    for copy, gradient in zip(copies, gradients, strict=True):
-        copy.grad = gradient
+def _twin(optimizer: Optimizer, pieces: Sequence[Piece], differentiable: bool) -> Optimizer:
+    """The optimizer over again, holding the pieces, which its step moves, and copies of their states."""
+    held: dict[Tensor, list[Tensor]] = {}
+    for piece in pieces:
+        piece.values.grad = piece.gradient
+        held.setdefault(piece.owner, []).append(piece.values)
     options = {"differentiable": True, "foreach": False, "fused": False} if differentiable else {}
     twin = type(optimizer).__new__(type(optimizer))
     twin.__setstate__(
         {
             "defaults": {**optimizer.defaults, "differentiable": differentiable},
             "param_groups": [
-                {**group, "params": [copy_of[p] for p in group["params"] if p in copy_of], **options}
+                {**group, "params": [values for p in group["params"] for values in held.get(p, ())], **options}
                 for group in optimizer.param_groups
             ],
             "state": defaultdict(
-                dict,
-                {copy_of[p]: _copied(state, differentiable) for p, state in optimizer.state.items() if p in copy_of},
+                dict, {piece.values: _copied(piece.state, differentiable) for piece in pieces if piece.state}
             ),
         }
     )
-    return twin, copies
+    return twin
 
 
 def _start_momentum(twin: torch.optim.SGD) -> None:

@@ -195,8 +195,8 @@ class TorchOpt(Peer):
         return gradients
 
 
-def betty(task: Task, every: int, hypergradient: str) -> Step:
-    """Betty's multilevel engine: the classifier below, the weighting above."""
+def betty(task: Task, every: int, hypergradient: str, learns: bool = True) -> Step:
+    """Betty's multilevel engine: the classifier below, the weighting above, which has its gradient and steps or not."""
     import logging
 
     from betty.configs import Config, EngineConfig
@@ -219,6 +219,8 @@ def betty(task: Task, every: int, hypergradient: str) -> Step:
         def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
             return per_sample(self.classifier, batch).mean()
 
+    if not learns:
+        Weighting.custom_optimizer_step = lambda self: None  # type: ignore[attr-defined]
     logging.disable(logging.INFO)
     lower = Classifier(
         "classifier",
@@ -251,7 +253,7 @@ def betty(task: Task, every: int, hypergradient: str) -> Step:
     return step
 
 
-# One meta-gradient at equal values, without any training step around it.
+# One meta-gradient at equal values, without any training step around it (Betty's includes one: its look-ahead is real).
 
 
 def explicit(task: Task, engine: Engine) -> Step:
@@ -296,6 +298,9 @@ GRADIENTS: dict[str, Callable[[Task], Step]] = {
     "gradient: higher": partial(peer_gradient, peer=HigherByHand),
     "gradient: double backward": partial(peer_gradient, peer=DoubleBackward),
     "gradient: TorchOpt": partial(peer_gradient, peer=TorchOpt),
+    "gradient: Betty darts": partial(betty, every=1, hypergradient="darts", learns=False),
+    "gradient: Betty neumann": partial(betty, every=1, hypergradient="neumann", learns=False),
+    "gradient: Betty cg": partial(betty, every=1, hypergradient="cg", learns=False),
 }
 
 CONTENDERS = STEPS | GRADIENTS

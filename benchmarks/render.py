@@ -12,9 +12,10 @@ import pandas as pd
 
 from benchmarks import results
 from benchmarks.contenders import CONTENDERS
+from benchmarks.profiling import PARTS, WHOLE
 from benchmarks.provenance import machine_name
 from benchmarks.ranks import summarised
-from benchmarks.speed import ALLOCATORS, summary
+from benchmarks.speed import ALLOCATORS, CHANNELS_LAST, summary
 from benchmarks.speed_figures import draw_growth, draw_steps
 
 STORED = Path("benchmarks/results")
@@ -30,6 +31,8 @@ PEERS = ("Betty darts", "TorchOpt", "higher", "double backward")
 WRAPPERS = {"ddp": "DDP", "fsdp": "FSDP2"}
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 MODELS = {"conv": "conv net", "resnet20": "ResNet-20", "mlp": "MLP", "vit-tiny": "ViT-Tiny"}
+IN_CHANNELS_LAST = {f"{model}{CHANNELS_LAST}": f"{MODELS[model]}, channels last" for model in ("conv", "resnet20")}
+"""Where the user's model is in that order itself; shown in the tables alone."""
 
 
 def rendered(page: str, sections: Mapping[str, Callable[[Path], str]], stored: Path = STORED) -> str:
@@ -69,25 +72,17 @@ def comparisons(stored: Path) -> str:
 
 def speed(stored: Path) -> str:
     """Time and memory relative to plain training, by model, and one meta-gradient alone."""
-    columns, sources, added = {}, [], []
-    for title, path in _steps(stored).items():
+    columns, added = {}, []
+    steps, memory, profile = _steps(stored), _by_model(stored, "memory"), _by_model(stored, "profile")
+    sources = [_config(path) for path in (*steps.values(), *profile.values(), *memory.values())]
+    for title, path in steps.items():
         config = _config(path)
-        sources.append(config)
         ratios = _ratios(path).set_index("contender")["median"]
         shown = {name: f"– ({error.split(':')[0]})" for name, error in config["errors"].items()}
         columns[title] = shown | {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
         added.append([title, *_added(ratios)])
-    for model, title in MODELS.items():
-        for path in stored.glob(f"speed-memory-{model}-*-cpu.csv"):
-            for allocator, frame in pd.read_csv(path).groupby("allocator"):
-                peaks = frame.groupby("contender").whole.median()
-                columns[f"memory, {title}, {allocator}"] = {
-                    name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()
-                }
-            sources.append(_config(path))
     if not sources:
         return "Not measured yet.\n"
-    rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in CONTENDERS]
     versions = sources[0]["versions"]
     return (
         f"Relative to one plain training step of the same round, batch {sources[0]['batch']}, on "
@@ -97,11 +92,14 @@ def speed(stored: Path) -> str:
         "Where a peer is missing it does not run there, or was not measured; the long table below says which.\n\n"
         "What a meta-update adds to a step (“every 1” less 1.00), and how many times as much it is with the peers:\n\n"
         f"{results.markdown_table([['', 'MOLERE', *PEERS], *added])}\n"
+        f"{_profile(profile)}"
         "<details><summary>All contenders: engines, orders, one meta-gradient alone, and memory</summary>\n\n"
-        "Medians. The lines “gradient” are one meta-gradient alone, in the same unit. Memory is the peak of a whole "
-        "process of its own, as glibc allocates it and with what is freed handed back "
-        f"(`MALLOC_MMAP_THRESHOLD_={ALLOCATORS['handing back']['MALLOC_MMAP_THRESHOLD_']}`).\n\n"
-        f"{results.markdown_table([['', *columns], *rows])}\n"
+        "Medians. The lines “gradient” are one meta-gradient alone, in the same unit; Betty's has a training step with "
+        "it, for it looks ahead by taking it.\n\n"
+        f"{_contenders(columns)}\n"
+        "Peak memory of a whole process of its own, as glibc allocates it and with what is freed handed back "
+        f"(`MALLOC_MMAP_THRESHOLD_={ALLOCATORS['handing back']['MALLOC_MMAP_THRESHOLD_']}`):\n\n"
+        f"{_contenders(_peaks(memory))}\n"
         + "".join(f"- `{command}`\n" for command in dict.fromkeys(s["command"] for s in sources))
         + "\n</details>\n"
         + _growth(stored)
@@ -109,11 +107,50 @@ def speed(stored: Path) -> str:
     )
 
 
+def _contenders(columns: Mapping[str, Mapping[str, str]]) -> str:
+    """A table with a row for each contender that any column has."""
+    shown = [name for name in CONTENDERS if any(name in column for column in columns.values())]
+    rows = [[name, *(column.get(name, "–") for column in columns.values())] for name in shown]
+    return results.markdown_table([["", *columns], *rows])
+
+
+def _by_model(stored: Path, kind: str) -> dict[str, Path]:
+    """Where another measurement is stored, by model."""
+    paths = {title: stored / f"speed-{kind}-{model}-sgd-cpu.csv" for model, title in MODELS.items()}
+    return {title: path for title, path in paths.items() if path.exists()}
+
+
+def _peaks(paths: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """Peak memory relative to plain training, by model and way to allocate, then by contender."""
+    columns = {}
+    for title, path in paths.items():
+        for allocator, frame in pd.read_csv(path).groupby("allocator"):
+            peaks = frame.groupby("contender").whole.median()
+            columns[f"{title}, {allocator}"] = {name: f"{peak / peaks['ERM']:.2f}" for name, peak in peaks.items()}
+    return columns
+
+
+def _profile(paths: Mapping[str, Path]) -> str:
+    """The parts of a step, and what is left of it for training itself."""
+    columns = {}
+    for title, path in paths.items():
+        parts = _ratios(path).set_index("contender")["median"]
+        rest = parts[WHOLE] - sum(parts[part] for part in PARTS)
+        columns[title] = [f"{share:.3f}" for share in (parts[WHOLE], rest, *(parts[part] for part in PARTS))]
+    if not columns:
+        return ""
+    rows = zip(["a step with a meta-update", "training itself", *PARTS], *columns.values(), strict=True)
+    title = (
+        "Where the time of a step with a meta-update goes, by `torch.profiler`, in plain steps taken in turn with it:"
+    )
+    return f"{title}\n\n{results.markdown_table([['', *columns], *map(list, rows)])}\n"
+
+
 def _steps(stored: Path) -> dict[str, Path]:
     """Where the times of steps are stored, by model and optimizer."""
     paths = {
         f"{model}, {optimizer}": stored / f"speed-steps-{m}-{o}-cpu.csv"
-        for m, model in MODELS.items()
+        for m, model in (MODELS | IN_CHANNELS_LAST).items()
         for o, optimizer in OPTIMIZERS.items()
     }
     return {title: path for title, path in paths.items() if path.exists()}
@@ -184,7 +221,8 @@ def _error(stored: Path) -> str:
     ]
     return (
         "\nThe error of a float32 meta-gradient against forward mode in float64 (which equals `unrolled` to 1e-10), "
-        f"along training on {config['data']}, medians over {config['seeds']} seeds:\n\n"
+        f"along training on {config['data']}, medians over {config['seeds']} seeds. “In training” is what a step takes: "
+        "the difference starts from the losses of training, in the memory order of the model's own.\n\n"
         "| | step | engine | cosine | relative error |\n| --- | ---: | --- | ---: | ---: |\n"
         f"{''.join(rows)}\n`{config['command']}`\n"
     )
@@ -206,7 +244,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
 def main() -> None:
     """Rewrite the pages, and draw the pictures of the cost."""
     if steps := _steps(STORED):
-        columns = {title: _ratios(path) for title, path in steps.items()}
+        columns = {title: _ratios(path) for title, path in steps.items() if "channels last" not in title}
         draw_steps(columns, ["MOLERE", *PEERS], STORED / "speed-steps-cpu.png")
     growth = STORED / "speed-growth-cpu.csv"
     if growth.exists():

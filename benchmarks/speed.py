@@ -1,6 +1,7 @@
 """What a step costs beside plain training, ours and the peers'.
 
-``python -m benchmarks.speed steps``, ``memory``, ``growth`` or ``error``; ``--help`` tells what each measures.
+``python -m benchmarks.speed steps``, ``profile``, ``memory``, ``growth`` or ``error``; ``--help`` tells what each
+measures.
 
 Times are taken interleaved, every contender once a round in an order shuffled anew, so that a machine that drifts
 drifts for all; figures are medians over the rounds of the ratio to plain training in the same round.
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -35,9 +37,10 @@ from torch import nn
 
 from benchmarks.contenders import CONTENDERS, Step, Task, erm, molere
 from benchmarks.models import MLP, build
+from benchmarks.profiling import WHOLE, seconds_by_part
 from benchmarks.provenance import provenance
 from benchmarks.results import write
-from torch_molere import hypergradient
+from torch_molere import MetaReweighter, Samples, hypergradient
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -53,7 +56,16 @@ ALLOCATORS = {"glibc": {}, "handing back": {"MALLOC_MMAP_THRESHOLD_": str(2**18)
 """By name, the environment of a process: as it is, and with blocks of 256 KiB and more handed back once freed, so that
 the peak is of what is needed and not of the gaps that small tensors leave between the activations of steps gone by."""
 
-Models = Annotated[str, typer.Option(help="Comma-separated: conv, resnet20, mlp, vit-tiny, wrn-28-10, resnet50.")]
+CHANNELS_LAST = "-channels-last"
+"""After a model's name: the model itself and its images are in that order."""
+
+Models = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated: conv, resnet20, mlp, vit-tiny, wrn-28-10, resnet50; with -channels-last after the name, "
+        "the model itself in that order."
+    ),
+]
 Optimizers = Annotated[str, typer.Option(help="Comma-separated: sgd, adamw.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only ERM and contenders with this in their name; repeatable.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -64,9 +76,12 @@ RESULTS = Path("benchmarks/results")
 def task_of(model: str, optimizer: str, device: str, batch: int = 128, validation: int | None = None) -> Task:
     """A task of one of the benchmark's models on random images (the cost does not depend on what they show)."""
     torch.manual_seed(0)
-    shape, classes, network = _network(model)
+    shape, classes, network = _network(model.removesuffix(CHANNELS_LAST))
     sizes = (batch, batch if validation is None else validation)
     x, xv = (torch.randn(size, *shape, device=device) for size in sizes)
+    if model.endswith(CHANNELS_LAST):
+        network = network.to(memory_format=torch.channels_last)
+        x, xv = (images.to(memory_format=torch.channels_last) for images in (x, xv))
     y, yv = (torch.randint(classes, (size,), device=device) for size in sizes)
     return Task(network.to(device), optimizer, (x, y), (xv, yv))
 
@@ -202,6 +217,30 @@ def steps(
 def _chosen(only: list[str] | None) -> dict[str, Callable[[Task], Step]]:
     parts = ("ERM", *only) if only else ("",)
     return {name: factory for name, factory in CONTENDERS.items() if any(part in name for part in parts)}
+
+
+@app.command("profile")
+def profile_parts(
+    models: Models = "conv,resnet20",
+    optimizer: str = "sgd",
+    count: Annotated[int, typer.Option("--rounds", min=1)] = 5,
+    every: Annotated[int, typer.Option(min=1)] = 1,
+    batch: int = 128,
+    device: Device = "cpu",
+    out: Out = RESULTS,
+) -> None:
+    """Where the time of a MOLERE step goes, by torch.profiler, relative to plain steps taken in turn with it."""
+    for model in models.split(","):
+        task = task_of(model, optimizer, device, batch)
+        plain, ours = erm(task), molere(task, every)
+        rows = []
+        for number in range(-1, count):  # the first to warm up
+            parts = {"ERM": seconds_by_part(plain, PERIOD)[WHOLE], **seconds_by_part(ours, PERIOD)}
+            if number >= 0:
+                rows += [(model, optimizer, part, number, seconds) for part, seconds in parts.items()]
+        frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "seconds"])
+        _store(f"profile-{model}-{optimizer}", frame, out, device, {"batch": batch, "every": every})
+        _show(frame, ["model", "optimizer"], f"Parts of a step, every {every}, batch {batch}, {device}")
 
 
 @app.command()
@@ -388,11 +427,15 @@ def _errors(task: Task, train: Any, total: int, seed: int) -> Iterator[tuple[int
         batch = batches.pop()[:2]
         if step in (0, total // 20, total // 4, total):
             weights = torch.rand(len(batch[1]), device=batch[1].device) + 0.5
-            setting = (batch, batches[0][:2], weights)
+            setting = (batch, batches[0][:2], weights / weights.mean())
             exact = _gradient(model, optimizer, setting, "forward", torch.float64)
-            for engine in ("finite", "forward"):
-                found = _gradient(model, optimizer, setting, engine, torch.float32).double()
-                cosine = F.cosine_similarity(found, exact, dim=0).item()
+            single = {
+                "finite": _gradient(model, optimizer, setting, "finite", torch.float32),
+                "finite, in training": _in_training(model, optimizer, setting),
+                "forward": _gradient(model, optimizer, setting, "forward", torch.float32),
+            }
+            for engine, found in single.items():
+                cosine = F.cosine_similarity(found.double(), exact, dim=0).item()
                 yield step, engine, cosine, ((found - exact).norm() / exact.norm()).item()
         optimizer.zero_grad()
         F.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -408,6 +451,36 @@ def _gradient(
     optimizer.load_state_dict(optimizer.state_dict())  # which casts the state to the parameters' precision
     (x, y), (xv, yv), weights = setting
     return hypergradient(model, optimizer, (x.to(dtype), y), (xv.to(dtype), yv), weights.to(dtype), engine=engine)
+
+
+class _Given(nn.Module):
+    """Weights that are given and do not learn."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, samples: Samples) -> torch.Tensor:
+        return self.weights
+
+
+def _in_training(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Any) -> torch.Tensor:
+    """The meta-gradient that a :class:`MetaReweighter` takes within a training step, from the losses of training."""
+    model, optimizer = copy.deepcopy((model, optimizer))
+    batch, validation, weights = setting
+    reweighter = MetaReweighter(
+        model,
+        optimizer,
+        weighting=_Given(weights),
+        validation=[validation],
+        hypergradient="finite",
+        every=1,
+        warmup_steps=0,
+    )
+    with mock.patch.object(reweighter, "_learn") as learn:
+        reweighter.step(batch)
+    derivative: torch.Tensor = learn.call_args.args[1][0]
+    return derivative
 
 
 if __name__ == "__main__":

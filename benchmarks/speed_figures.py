@@ -42,7 +42,7 @@ def draw_steps(columns: Mapping[str, pd.DataFrame], methods: Sequence[str], path
                             ha="center",
                         )
             axes.axvline(1.0, color=COLOURS["ERM"], linewidth=0.8, linestyle="--")
-            axes.set(title=title, yticks=range(len(methods)), yticklabels=methods, xlim=(0.8, None))
+            axes.set(title=title, yticks=range(len(methods)), yticklabels=methods, xlim=(0.4, None))
             axes.grid(axis="x", color="#eeeeee", linewidth=0.8)
             axes.tick_params(labelbottom=True)
         grid.flat[0].set_ylim(len(methods) - 0.6, -0.7)  # the first on top

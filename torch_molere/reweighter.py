@@ -327,9 +327,9 @@ class MetaReweighter:
         with self._all_or_nothing():
             with torch.enable_grad():
                 self._call = None
-                loss = self.loss(self.model(*positional, **named), *batch[1:])
                 self._keep_gradients()
                 self.optimizer.zero_grad()
+                loss = self.loss(self.model(*positional, **named), *batch[1:])
                 loss.backward()
             self.optimizer.step()
         assert self.result is not None
@@ -488,11 +488,12 @@ class MetaReweighter:
             yield
 
     def _keep_gradients(self) -> None:
-        held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
-        others = [p for p in self._network.parameters() if p not in held]
-        self._journal.keep_tensors([p.grad for p in others if p.grad is not None])  # backward adds to these in place
-        for parameter in (*held, *others):
-            self._journal.note(setattr, parameter, "grad", parameter.grad)
+        """As copies made before the forward: held where the last backward left them, among what were its activations,
+        they would break up the memory that the next activations go to."""
+        held = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        for parameter in {*held, *self._network.parameters()}:  # backward adds to those that the optimizer leaves alone
+            gradient = parameter.grad
+            self._journal.note(setattr, parameter, "grad", None if gradient is None else gradient.clone())
 
     def _record_call(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._observing and torch.is_grad_enabled():

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from benchmarks import speed
 from benchmarks.contenders import CONTENDERS, DoubleBackward, HigherByHand, Task, explicit
+from benchmarks.profiling import PARTS, WHOLE
 from benchmarks.speed_figures import draw_growth, draw_steps
+from torch_molere import MetaReweighter, StepResult
 
 
 def small(optimizer="sgd"):
@@ -113,6 +115,25 @@ def test_commands_store_their_results(command, tmp_path):
         assert stored[stored.engine == "forward"].relative_error.max() < 1e-2
         assert stored.cosine.min() > 0.99
     assert path.with_suffix(".json").exists()
+
+
+def test_the_parts_of_a_step_are_those_of_the_whole(tmp_path):
+    arguments = ["profile", "--models", "conv", "--batch", "16", "--rounds", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(speed.app, arguments)
+    assert done.exit_code == 0, done.output
+    seconds = pd.read_csv(tmp_path / "speed-profile-conv-sgd-cpu.csv").set_index("contender").seconds
+    assert (seconds > 0).all() and set(seconds.index) == {"ERM", WHOLE, *PARTS}
+    assert seconds[list(PARTS)].sum() < seconds[WHOLE]
+    assert isinstance(speed.molere(small(), 5)(), StepResult)  # and nothing is left of the labels
+    assert not hasattr(MetaReweighter._learn, "__wrapped__")
+
+
+def test_a_model_in_channels_last_order_itself():
+    task = speed.task_of("conv-channels-last", "sgd", "cpu", batch=4)
+    assert task.batch[0].is_contiguous(memory_format=torch.channels_last)
+    assert task.model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    usual = speed.task_of("conv", "sgd", "cpu", batch=4)
+    torch.testing.assert_close(task.batch[0], usual.batch[0], rtol=0, atol=0)
 
 
 def test_peak_memory_counts_what_a_contender_adds(capsys):

@@ -221,8 +221,8 @@ def _error(stored: Path) -> str:
     ]
     return (
         "\nThe error of a float32 meta-gradient against forward mode in float64 (which equals `unrolled` to 1e-10), "
-        f"along training on {config['data']}, medians over {config['seeds']} seeds. “In training” is what a step takes: "
-        "the difference starts from the losses of training, in the memory order of the model's own.\n\n"
+        f"along training on {config['data']}, medians over {config['seeds']} seeds. “In training” is what a step "
+        "takes: the difference starts from the losses of training, in the memory order of the model's own.\n\n"
         "| | step | engine | cosine | relative error |\n| --- | ---: | --- | ---: | ---: |\n"
         f"{''.join(rows)}\n`{config['command']}`\n"
     )

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from unittest import mock
 
 import pandas as pd
@@ -67,6 +67,7 @@ Models = Annotated[
     ),
 ]
 Optimizers = Annotated[str, typer.Option(help="Comma-separated: sgd, adamw.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16: every contender's whole step under autocast.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only ERM and contenders with this in their name; repeatable.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="Folder of the stored results.")]
@@ -194,12 +195,16 @@ def steps(
     optimizers: Optimizers = "sgd,adamw",
     count: Annotated[int, typer.Option("--rounds", min=1)] = 11,
     batch: int = 128,
+    precision: Precision = "fp32",
     only: Only = None,
     device: Device = "cpu",
     out: Out = RESULTS,
 ) -> None:
     """Time of one training step, and of one meta-gradient alone, for every contender."""
     chosen = _chosen(only)
+    if precision == "bf16":
+        chosen = {name: partial(_autocast, factory) for name, factory in chosen.items()}
+    kind = "" if precision == "fp32" else f"-{precision}"
     for model in models.split(","):
         for optimizer in optimizers.split(","):
             task = task_of(model, optimizer, device, batch)
@@ -210,8 +215,15 @@ def steps(
             progress = track(measured, f"{model}, {optimizer}", total=len(contenders) * count, console=console)
             rows = [(model, optimizer, name, number, seconds) for number, name, seconds in progress]
             frame = pd.DataFrame(rows, columns=["model", "optimizer", "contender", "round", "seconds"])
-            _store(f"steps-{model}-{optimizer}", frame, out, device, {"batch": batch, "errors": errors})
-            _show(frame, ["model", "optimizer"], f"Time of a step, batch {batch}, {device}")
+            settings = {"batch": batch, "precision": precision, "errors": errors}
+            _store(f"steps-{model}-{optimizer}{kind}", frame, out, device, settings)
+            _show(frame, ["model", "optimizer"], f"Time of a step, batch {batch}, {precision}, {device}")
+
+
+def _autocast(factory: Callable[[Task], Step], task: Task) -> Step:
+    """A contender whose step runs under autocast to bfloat16."""
+    step = factory(task)
+    return torch.autocast(task.batch[0].device.type, torch.bfloat16)(step)
 
 
 def _chosen(only: list[str] | None) -> dict[str, Callable[[Task], Step]]:

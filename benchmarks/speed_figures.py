@@ -40,6 +40,7 @@ def draw_steps(columns: Mapping[str, pd.DataFrame], methods: Sequence[str], path
                             color=colour,
                             fontsize=8,
                             ha="center",
+                            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # above the line at 1
                         )
             axes.axvline(1.0, color=COLOURS["ERM"], linewidth=0.8, linestyle="--")
             axes.set(title=title, yticks=range(len(methods)), yticklabels=methods, xlim=(0.4, None))

@@ -866,7 +866,7 @@ def _check_weights(weights: list[float]) -> None:
 def _checked_indices(indices: Any, losses: Tensor) -> Tensor | None:
     if indices is None:
         return None
-    rows = torch.as_tensor(indices, device=losses.device)
+    rows = torch.as_tensor(indices).to(losses.device, non_blocking=True)
     if rows.shape != losses.shape or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"indices must be ({losses.shape[0]},) integers, got {tuple(rows.shape)} {rows.dtype}")
     return rows.long()

@@ -1,5 +1,6 @@
 """The speed benchmark measures what it says, and every contender does the same work."""
 
+import json
 from functools import partial
 
 import pandas as pd
@@ -19,6 +20,12 @@ def small(optimizer="sgd"):
     torch.manual_seed(0)
     batches = [(torch.randn(8, 6, dtype=torch.double), torch.randint(3, (8,))) for _ in range(2)]
     return Task(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), optimizer, *batches)
+
+
+def small_single():
+    task = small()
+    (x, y), (xv, yv) = task.batch, task.validation
+    return Task(task.model.float(), task.optimizer, (x.float(), y), (xv.float(), yv))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -91,6 +98,21 @@ def test_some_contenders_alone(tmp_path):
     (path,) = tmp_path.glob("*.csv")
     expected = {"ERM", *(name for name in CONTENDERS if "as shipped" in name or "higher" in name)}
     assert len(expected) > 3 and set(pd.read_csv(path).contender) == expected
+
+
+def test_in_bf16_every_contender_runs_under_autocast(tmp_path):
+    arguments = ["steps", "--models", "mlp", "--optimizers", "sgd", "--rounds", "1", "--batch", "4"]
+    done = CliRunner().invoke(
+        speed.app, [*arguments, "--precision", "bf16", "--only", "MOLERE", "--only", "higher", "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    stored = json.loads((tmp_path / "speed-steps-mlp-sgd-bf16-cpu.json").read_text())
+    assert stored["precision"] == "bf16" and not stored["errors"]
+
+    dtypes = []
+    step = speed._autocast(lambda task: lambda: dtypes.append(task.model(task.batch[0]).dtype), small_single())
+    step()
+    assert dtypes == [torch.bfloat16]
 
 
 def test_memory_is_measured_by_two_ways_to_allocate(tmp_path):

@@ -196,7 +196,7 @@ class TorchOpt(Peer):
 
 
 def betty(task: Task, every: int, hypergradient: str, learns: bool = True) -> Step:
-    """Betty's multilevel engine: the classifier below, the weighting above, which has its gradient and steps or not."""
+    """Betty's multilevel engine: the classifier below, the weighting above (its gradient alone unless it learns)."""
     import logging
 
     from betty.configs import Config, EngineConfig

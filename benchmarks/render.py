@@ -32,7 +32,7 @@ WRAPPERS = {"ddp": "DDP", "fsdp": "FSDP2"}
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 MODELS = {"conv": "conv net", "resnet20": "ResNet-20", "mlp": "MLP", "vit-tiny": "ViT-Tiny"}
 IN_CHANNELS_LAST = {f"{model}{CHANNELS_LAST}": f"{MODELS[model]}, channels last" for model in ("conv", "resnet20")}
-"""Where the user's model is in that order itself; shown in the tables alone."""
+"""Of the times of steps: where the user's model is in that order itself. Not in the picture."""
 
 
 def rendered(page: str, sections: Mapping[str, Callable[[Path], str]], stored: Path = STORED) -> str:
@@ -73,7 +73,8 @@ def comparisons(stored: Path) -> str:
 def speed(stored: Path) -> str:
     """Time and memory relative to plain training, by model, and one meta-gradient alone."""
     columns, added = {}, []
-    steps, memory, profile = _steps(stored), _by_model(stored, "memory"), _by_model(stored, "profile")
+    steps = _measured(stored, "steps", MODELS | IN_CHANNELS_LAST)
+    memory, profile = _measured(stored, "memory"), _measured(stored, "profile")
     sources = [_config(path) for path in (*steps.values(), *profile.values(), *memory.values())]
     for title, path in steps.items():
         config = _config(path)
@@ -114,12 +115,6 @@ def _contenders(columns: Mapping[str, Mapping[str, str]]) -> str:
     return results.markdown_table([["", *columns], *rows])
 
 
-def _by_model(stored: Path, kind: str) -> dict[str, Path]:
-    """Where another measurement is stored, by model."""
-    paths = {title: stored / f"speed-{kind}-{model}-sgd-cpu.csv" for model, title in MODELS.items()}
-    return {title: path for title, path in paths.items() if path.exists()}
-
-
 def _peaks(paths: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """Peak memory relative to plain training, by model and way to allocate, then by contender."""
     columns = {}
@@ -146,11 +141,11 @@ def _profile(paths: Mapping[str, Path]) -> str:
     return f"{title}\n\n{results.markdown_table([['', *columns], *map(list, rows)])}\n"
 
 
-def _steps(stored: Path) -> dict[str, Path]:
-    """Where the times of steps are stored, by model and optimizer."""
+def _measured(stored: Path, kind: str, models: Mapping[str, str] = MODELS) -> dict[str, Path]:
+    """Where measurements of a kind are stored, by model and optimizer."""
     paths = {
-        f"{model}, {optimizer}": stored / f"speed-steps-{m}-{o}-cpu.csv"
-        for m, model in (MODELS | IN_CHANNELS_LAST).items()
+        f"{model}, {optimizer}": stored / f"speed-{kind}-{m}-{o}-cpu.csv"
+        for m, model in models.items()
         for o, optimizer in OPTIMIZERS.items()
     }
     return {title: path for title, path in paths.items() if path.exists()}
@@ -243,8 +238,8 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
 
 def main() -> None:
     """Rewrite the pages, and draw the pictures of the cost."""
-    if steps := _steps(STORED):
-        columns = {title: _ratios(path) for title, path in steps.items() if "channels last" not in title}
+    if steps := _measured(STORED, "steps"):
+        columns = {title: _ratios(path) for title, path in steps.items()}
         draw_steps(columns, ["MOLERE", *PEERS], STORED / "speed-steps-cpu.png")
     growth = STORED / "speed-growth-cpu.csv"
     if growth.exists():

@@ -59,12 +59,15 @@ def test_a_step_without_meta_update_reads_once(warmup_steps, hold_out):
     assert readings(warmup_steps, hold_out=hold_out) == ["tolist"]
 
 
-def test_signals_of_classes_are_checked_first():
+@pytest.mark.parametrize("hold_out", [True, False, "auto"])
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_signals_of_classes_are_checked_first(warmup_steps, hold_out):
     signals = {
         "weighting": SignalWeighting(("loss", "margin", "probabilities", "label"), num_classes=4),
         "splitter": LearnedSplitter(("loss", "margin", "probabilities", "label"), num_classes=4),
     }
-    assert readings(0, **signals) == ["tolist", "tolist"]
+    looked_at = warmup_steps == 0
+    assert readings(warmup_steps, hold_out=hold_out, **signals) == ["tolist"] * (1 + looked_at)
 
 
 def test_with_fixed_validation_a_step_reads_once():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from torch_molere.derivatives import diagonal, has_closed_form
+from torch_molere.derivatives import _adam, diagonal, has_closed_form
 from torch_molere.pieces import as_a_whole, in_pieces
 from torch_molere.update import Update
 
@@ -112,6 +112,16 @@ def test_all_parameters_together_as_one_by_one(options):
     pieces = as_a_whole(optimizer, parameters, parameters, gradients)
     one_by_one = [diagonal(optimizer, [piece])[0] for piece in pieces]
     torch.testing.assert_close(diagonal(optimizer, pieces), one_by_one, rtol=1e-12, atol=0)
+    together = _adam({**optimizer.param_groups[0], "lr": 1.0}, pieces)  # the last one's first step among them
+    for found, expected, rate in zip(together, one_by_one, (0.05, 0.05, 0.2), strict=True):
+        torch.testing.assert_close(rate * found, expected, rtol=1e-12, atol=0)
+
+
+def test_on_an_accelerator_parameters_go_through_whole_and_together(monkeypatch):
+    monkeypatch.setattr("torch_molere.pieces.SIZE", 5)
+    parameters = [torch.empty(3, 4, device="meta"), torch.empty(5, device="meta")]
+    (pieces,) = in_pieces(torch.optim.SGD(parameters, lr=0.1), parameters, parameters, [None, None])
+    assert [piece.values for piece in pieces] == parameters and not any(piece.elements for piece in pieces)
 
 
 @pytest.mark.parametrize(("kind", "own", "options"), OPTIMIZERS)

@@ -51,14 +51,12 @@ def diagonal(optimizer: Optimizer, pieces: Sequence[Piece]) -> list[Diagonal]:
         optimizer: at its present state, which is read; one that :func:`has_closed_form` accepts.
         pieces: of parameters that it holds, each with a gradient.
     """
+    if isinstance(optimizer, SGD):
+        return [_sgd(piece.group, piece.state) for piece in pieces]
     found: dict[int, Diagonal] = {}
     for group in optimizer.param_groups:
-        held = set(group["params"])
-        own = [place for place, piece in enumerate(pieces) if piece.owner in held]
+        own = [place for place, piece in enumerate(pieces) if piece.group is group]
         if not own:
-            continue
-        if isinstance(optimizer, SGD):
-            found |= {place: _sgd(group, pieces[place].state) for place in own}
             continue
         if isinstance(optimizer, AdamW) or not group["weight_decay"]:
             group = {**group, "decoupled_weight_decay": True}

@@ -25,11 +25,13 @@ class Piece:
 
     Attributes:
         owner: the parameter as the optimizer holds it.
+        group: its parameter group, with the options of its update.
         values, gradient, state: of these elements, as views; what the state has for the whole parameter, as it is.
         elements: which of the flattened parameter; None for all, in its own shape.
     """
 
     owner: Tensor
+    group: dict[str, Any]
     values: Tensor
     gradient: Tensor | None
     state: dict[str, Any]
@@ -44,8 +46,11 @@ def as_a_whole(
     optimizer: Optimizer, owners: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> list[Piece]:
     """Each parameter in one piece."""
-    states = [optimizer.state.get(owner, {}) for owner in owners]
-    return [Piece(*of_one) for of_one in zip(owners, values, gradients, states, strict=True)]
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    return [
+        Piece(owner, group_of[owner], value, gradient, optimizer.state.get(owner, {}))
+        for owner, value, gradient in zip(owners, values, gradients, strict=True)
+    ]
 
 
 def in_pieces(
@@ -72,20 +77,19 @@ def in_pieces(
 
 
 def _divided(whole: Piece) -> Iterator[Piece]:
-    shaped = [v for v in whole.state.values() if isinstance(v, Tensor) and v.shape == whole.values.shape]
-    tensors = [whole.values, *shaped] + ([] if whole.gradient is None else [whole.gradient])
+    def by_element(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape == whole.values.shape
+
+    tensors = list(filter(by_element, (whole.values, whole.gradient, *whole.state.values())))
     size = whole.values.numel()
     if size <= SIZE or any_sharded(tensors) or not all(tensor.is_contiguous() for tensor in tensors):
         yield whole
         return
     for first in range(0, size, SIZE):
         elements = slice(first, first + SIZE)
-        state = {
-            name: _view(value, elements) if any(value is each for each in shaped) else value
-            for name, value in whole.state.items()
-        }
+        state = {name: _view(v, elements) if by_element(v) else v for name, v in whole.state.items()}
         gradient = None if whole.gradient is None else _view(whole.gradient, elements)
-        yield Piece(whole.owner, _view(whole.values, elements), gradient, state, elements)
+        yield Piece(whole.owner, whole.group, _view(whole.values, elements), gradient, state, elements)
 
 
 def _view(tensor: Tensor, elements: slice | None) -> Tensor:

@@ -34,7 +34,7 @@ from torch_molere.evaluation import (
     preserved_randomness,
 )
 from torch_molere.history import SampleHistory
-from torch_molere.holdout import Choice, HoldOut, HoldsOut
+from torch_molere.holdout import HoldOut, HoldsOut
 from torch_molere.hypergradients import (
     ENGINES,
     Engine,
@@ -523,18 +523,18 @@ class MetaReweighter:
             with self._aside(losses.device):
                 p = self.holdout.probabilities(samples, self.warming_up)
         raw = self._raw_weights(samples, graph=meta)
-        given, *split = samples.read(raw, *p)  # the one time that a step without a meta-update waits for the device
+        # All that a step without a meta-update waits for (signals of classes, which are checked first, aside).
+        given, *split = samples.read(raw, *p)
         _check_values(samples)
         _check_weights(given)
-        choice: Choice | None = None
+        sent: list[int] = []
         left_out: list[int] = []
         if self.holdout is not None:
             choice = self.holdout.choose(samples, *split)
-            left_out = self.holdout.left_out(choice)
-        weights = _normalised(raw, left_out, samples)
-        if self.holdout is not None and choice is not None:
+            sent, left_out = choice.validation, self.holdout.left_out(choice)
             self.holdout.put(samples, choice)
             self.holdout.observe(samples, choice, self.steps, decide=due)
+        weights = _normalised(raw, left_out, samples)
         weighted: _Weighted | None = None
         val_loss: Tensor | None = None
         if meta:
@@ -550,7 +550,7 @@ class MetaReweighter:
         loss, own = _weighted_mean(losses, weights)
         if weighted is not None and self.order == "after":
             loss.register_hook(partial(self._backward_through, weighted))
-        val_mask = _mask([] if choice is None else choice.validation, samples)
+        val_mask = _mask(sent, samples)
         weighed = torch.zeros_like(val_mask) if self.warming_up else ~_mask(left_out, samples)
         self.history.record(samples, own, val_mask, weighed)
         self.result = StepResult(loss.detach(), samples.outputs, own, val_mask, val_loss)
@@ -767,16 +767,12 @@ def _mask(positions: list[int], samples: Samples) -> Tensor:
 
 
 def _normalised(raw: Tensor, left_out: list[int], samples: Samples) -> _Weights:
-    """w̄ of what φ gave, zero where left out; exactly one each where all are equal."""
-    return _shared(raw, ~_mask(left_out, samples) if left_out else None, len(raw) - len(left_out))
-
-
-def _shared(weights: Tensor, training: Tensor | None, count: int) -> _Weights:
-    """Normalise over the training sides of all processes, of which the own one has ``count`` instances."""
+    """w̄ of what φ gave, over the training sides of all processes; zero where left out."""
+    training = ~_mask(left_out, samples) if left_out else None
     if processes() == 1:
-        return _Weights(normalised(weights, training), slice(0, len(weights)), count)
-    mask = torch.ones_like(weights) if training is None else training.to(weights.dtype)
-    both, own = gathered(torch.stack([weights, mask], dim=1))
+        return _Weights(normalised(raw, training), slice(0, len(raw)), len(raw) - len(left_out))
+    mask = torch.ones_like(raw) if training is None else training.to(raw.dtype)
+    both, own = gathered(torch.stack([raw, mask], dim=1))
     return _Weights(normalised(both[:, 0], both[:, 1].bool()), own, int(both[:, 1].sum()))
 
 

@@ -79,7 +79,8 @@ class Update:
         for gradient in self._gradients:
             if gradient is not None:
                 gradient.requires_grad_()
-        twin = _twin(self._optimizer, as_a_whole(self._optimizer, self._owners, after, self._gradients), True)
+        pieces = as_a_whole(self._optimizer, self._owners, after, self._gradients)
+        twin = _twin(self._optimizer, pieces, differentiable=True)
         with torch.enable_grad():
             if isinstance(twin, torch.optim.SGD):
                 _start_momentum(twin)
@@ -88,12 +89,12 @@ class Update:
 
     def look_ahead(self) -> list[Tensor]:
         """θ⁺, detached, in the order given. It is not kept here: its memory is the caller's to let go of."""
-        if self._differentiable is not None:
-            return [parameter.detach() for parameter in self._differentiable]
-        after = [parameter.clone() for parameter in self._before]
-        for pieces in in_pieces(self._optimizer, self._owners, after, self._gradients):
-            _twin(self._optimizer, pieces, differentiable=False).step()
-        return after
+        after = self._differentiable
+        if after is None:
+            after = [parameter.clone() for parameter in self._before]
+            for pieces in in_pieces(self._optimizer, self._owners, after, self._gradients):
+                _twin(self._optimizer, pieces, differentiable=False).step()
+        return [parameter.detach() for parameter in after]
 
     def transpose(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
         """``u = (∂U/∂g)ᵀ v`` for one cotangent v of θ⁺ a parameter (None stands for zero).
@@ -109,17 +110,10 @@ class Update:
 
     def _by_diagonal(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         v = {owner: each.contiguous() for owner, each in zip(self._owners, cotangents, strict=True) if each is not None}
-        reached = [
-            each
-            for each in zip(self._owners, self._before, self._gradients, strict=True)
-            if each[0] in v and each[2] is not None
-        ]
-        if not reached:
-            return [None] * len(self._owners)
-        owners, before, gradients = zip(*reached, strict=True)
         u: dict[Tensor, Tensor] = {}
-        for pieces in in_pieces(self._optimizer, owners, before, gradients):
-            for piece, factor in zip(pieces, diagonal(self._optimizer, pieces), strict=True):
+        for pieces in in_pieces(self._optimizer, self._owners, self._before, self._gradients):
+            reached = [piece for piece in pieces if piece.gradient is not None and piece.owner in v]
+            for piece, factor in zip(reached, diagonal(self._optimizer, reached), strict=True):
                 owner = piece.owner
                 if piece.elements is None:
                     u[owner] = v[owner] * factor
@@ -141,17 +135,15 @@ class Update:
 
 def _twin(optimizer: Optimizer, pieces: Sequence[Piece], differentiable: bool) -> Optimizer:
     """The optimizer over again, holding the pieces, which its step moves, and copies of their states."""
-    held: dict[Tensor, list[Tensor]] = {}
     for piece in pieces:
         piece.values.grad = piece.gradient
-        held.setdefault(piece.owner, []).append(piece.values)
     options = {"differentiable": True, "foreach": False, "fused": False} if differentiable else {}
     twin = type(optimizer).__new__(type(optimizer))
     twin.__setstate__(
         {
             "defaults": {**optimizer.defaults, "differentiable": differentiable},
             "param_groups": [
-                {**group, "params": [values for p in group["params"] for values in held.get(p, ())], **options}
+                {**group, "params": [piece.values for piece in pieces if piece.group is group], **options}
                 for group in optimizer.param_groups
             ],
             "state": defaultdict(

@@ -22,12 +22,6 @@ def small(optimizer="sgd"):
     return Task(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), optimizer, *batches)
 
 
-def small_single():
-    task = small()
-    (x, y), (xv, yv) = task.batch, task.validation
-    return Task(task.model.float(), task.optimizer, (x.float(), y), (xv.float(), yv))
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_contenders_run_or_say_why_not(optimizer):
     torch.set_default_dtype(torch.double)
@@ -110,8 +104,8 @@ def test_in_bf16_every_contender_runs_under_autocast(tmp_path):
     assert stored["precision"] == "bf16" and not stored["errors"]
 
     dtypes = []
-    step = speed._autocast(lambda task: lambda: dtypes.append(task.model(task.batch[0]).dtype), small_single())
-    step()
+    task = speed.task_of("mlp", "sgd", "cpu", batch=4)
+    speed._autocast(lambda task: lambda: dtypes.append(task.model(task.batch[0]).dtype), task)()
     assert dtypes == [torch.bfloat16]
 
 

@@ -1,21 +1,18 @@
-"""The classifiers of the comparisons, built by name."""
+"""The classifiers of the studies, by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 import torchvision
 import typer
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 
 class MLP(nn.Sequential):
-    """Two hidden layers on the flattened image: ``(B, C, H, W) -> (B, num_classes)``."""
+    """Two hidden layers on the flattened input: ``(B, …) -> (B, num_classes)``."""
 
     def __init__(self, inputs: int, num_classes: int, hidden: int = 256) -> None:
         super().__init__(
@@ -42,11 +39,30 @@ class ConvNet(nn.Sequential):
         super().__init__(*layers, nn.Linear(channels, num_classes))
 
 
+class LeNet(nn.Sequential):
+    """The net of Learning to Reweight's MNIST experiment (Ren et al. 2018), in its sizes and initialisation:
+    ``(B, C, 28, 28) -> (B, 2)``. Its one logit z stands as (0, z), so that cross-entropy is the binary one."""
+
+    def __init__(self, channels: int) -> None:
+        layers: list[nn.Module] = []
+        for wide, pool in ((16, {"ceil_mode": True}), (32, {"ceil_mode": True}), (64, {"padding": 1})):
+            layers += [nn.Conv2d(channels, wide, 5, padding=2), nn.MaxPool2d(3, 2, **pool), nn.ReLU()]
+            channels = wide
+        super().__init__(*layers, nn.Flatten(), nn.Linear(1024, 100), nn.ReLU(), nn.Linear(100, 1), _ZeroBefore())
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+
+class _ZeroBefore(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (1, 0))
+
+
 def _conv_bn(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs))
 
 
 class BasicBlock(nn.Module):
@@ -75,14 +91,8 @@ class ResNet(nn.Sequential):
             for index in range((depth - 2) // 6):
                 blocks.append(BasicBlock(inputs, outputs, stride=2 if index == 0 and outputs > 16 else 1))
                 inputs = outputs
-        super().__init__(
-            _conv_bn(channels, 16),
-            nn.ReLU(),
-            *blocks,
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(64, num_classes),
-        )
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+        super().__init__(_conv_bn(channels, 16), nn.ReLU(), *blocks, *head)
         _initialise_convolutions(self)
 
 
@@ -119,29 +129,15 @@ class WideResNet(nn.Sequential):
             for index in range((depth - 4) // 6):
                 blocks.append(WideBlock(inputs, outputs, 2 if index == 0 and stage > 0 else 1, dropout))
                 inputs = outputs
-        super().__init__(
-            nn.Conv2d(channels, 16, 3, padding=1, bias=False),
-            *blocks,
+        head = (
             nn.BatchNorm2d(inputs),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(inputs, num_classes),
         )
+        super().__init__(nn.Conv2d(channels, 16, 3, padding=1, bias=False), *blocks, *head)
         _initialise_convolutions(self)
-
-
-def _small_vit(side: int, num_classes: int) -> nn.Module:
-    """A pre-norm ViT (Dosovitskiy et al. 2021) of four layers on patches of 4×4 pixels: ``(B, 3, H, H) -> (B, C)``."""
-    return VisionTransformer(
-        image_size=side,
-        patch_size=4,
-        num_layers=4,
-        num_heads=3,
-        hidden_dim=96,
-        mlp_dim=192,
-        num_classes=num_classes,
-    )
 
 
 def _initialise_convolutions(model: nn.Module) -> None:
@@ -151,76 +147,43 @@ def _initialise_convolutions(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """How a model is trained unless the command line says otherwise.
+Shape = tuple[int, ...]
 
-    Attributes:
-        epochs, batch_size, lr, weight_decay: of SGD.
-        seeds: runs of each method.
-        threads: CPU threads; None for PyTorch's own choice.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    seeds: int = 5
-    threads: int | None = None
-
-
-_BUILDERS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
+_BUILDERS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "mlp": lambda shape, classes: MLP(math.prod(shape), classes),
     "conv": lambda shape, classes: ConvNet(shape[0], classes),
+    "lenet": lambda shape, classes: LeNet(shape[0]),
     "resnet20": lambda shape, classes: ResNet(20, shape[0], classes),
     "resnet32": lambda shape, classes: ResNet(32, shape[0], classes),
-    "vit": lambda shape, classes: _small_vit(shape[1], classes),
     "wrn-28-10": lambda shape, classes: WideResNet(28, 10, shape[0], classes),
 }
 
-_DEFAULTS = {
-    # Its steps are too small to be shared between threads, which would mostly wait for each other.
-    "mlp": Defaults(epochs=40, batch_size=64, lr=0.05, weight_decay=1e-4, seeds=10, threads=1),
-    "conv": Defaults(epochs=20, batch_size=128, lr=0.1, weight_decay=5e-4),
-    "resnet20": Defaults(epochs=100, batch_size=128, lr=0.1, weight_decay=1e-4),
-    "resnet32": Defaults(epochs=100, batch_size=128, lr=0.1, weight_decay=1e-4),
-    "wrn-28-10": Defaults(epochs=100, batch_size=128, lr=0.1, weight_decay=5e-4),
-}
 
+def build(name: str, shape: Shape, num_classes: int, pretrained: bool = False) -> nn.Module:
+    """A classifier of ``(B, *shape)`` inputs, on the CPU.
 
-def default_training(name: str) -> Defaults:
-    """A model's own training defaults; torchvision's classifiers get those it trains its ResNets with."""
-    return _DEFAULTS.get(name, Defaults(epochs=90, batch_size=128, lr=0.1, weight_decay=1e-4))
+    Args:
+        name: one of the above, or a torchvision classifier such as ``resnet50`` or ``vit_b_16``.
+        shape: of one input.
+        num_classes: C.
+        pretrained: torchvision's default weights (a download), the last layer made anew.
 
-
-def check_name(name: str) -> None:
-    """Raise ``typer.BadParameter`` for a name that is no model's."""
-    if name not in _BUILDERS and name not in torchvision.models.list_models(module=torchvision.models):
-        raise typer.BadParameter(
-            f"{name!r} is unknown; take one of {', '.join(_BUILDERS)} or a torchvision classifier such as resnet18",
-            param_hint="--model",
-        )
-
-
-def build(name: str, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """A freshly initialised classifier of ``(B, *image_shape)`` images, on the CPU."""
+    Raises:
+        typer.BadParameter: for a name that is no model's, or one that has no pretrained weights.
+    """
     if name in _BUILDERS:
-        return _BUILDERS[name](image_shape, num_classes)
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-
-
-def check_fits(name: str, image_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise ``typer.BadParameter`` if the model cannot classify such images, tried on two empty ones."""
-    shown = "×".join(map(str, image_shape))
-    try:
-        outputs = build(name, image_shape, num_classes)(torch.zeros(2, *image_shape))
-    except (RuntimeError, AssertionError, ValueError) as error:
+        if pretrained:
+            raise typer.BadParameter(f"{name} has no pretrained weights; leave it out", param_hint="--pretrained")
+        return _BUILDERS[name](shape, num_classes)
+    if name not in torchvision.models.list_models(module=torchvision.models):
         raise typer.BadParameter(
-            f"{name} does not take {shown} images ({str(error).splitlines()[0]}); take another model, or another "
-            "--image-size where the data has that option",
+            f"{name!r} is unknown; take one of {', '.join(_BUILDERS)} or a torchvision classifier such as resnet50",
             param_hint="--model",
-        ) from error
-    if not isinstance(outputs, Tensor) or outputs.shape != (2, num_classes):
-        raise typer.BadParameter(
-            f"{name} does not put out one tensor of logits; take another model", param_hint="--model"
         )
+    if not pretrained:
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    model = torchvision.models.get_model(name, weights="DEFAULT")
+    last, layer = [(key, module) for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent = model.get_submodule(last.rpartition(".")[0])
+    setattr(parent, last.rpartition(".")[2], nn.Linear(layer.in_features, num_classes))
+    return model

@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import build
 from benchmarks.provenance import provenance
-from benchmarks.results import write
 from benchmarks.speed import PERIOD, RESULTS, rounds
+from benchmarks.store import write
 from torch_molere import MetaReweighter
+from torch_molere.distributed.collectives import rank
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -73,9 +74,9 @@ def contender(name: str, wrap: str, model: str, batch_size: int) -> tuple[Callab
     torch.manual_seed(0)
     network = wrapped(build(model, (3, 32, 32), 10), wrap)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-    torch.manual_seed(dist.get_rank())
+    torch.manual_seed(rank())
     inputs, targets = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
-    first = dist.get_rank() * 10 * batch_size
+    first = rank() * 10 * batch_size
     number = 0
 
     if name == "ERM":
@@ -138,13 +139,15 @@ def remembered(wrap: str, model: str, batch_size: int, name: str) -> list[Row]:
     return [(f"peak, {name}", 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)]
 
 
-def _rank(rank: int, folder: str, number: int, measure: Callable[..., list[Row]], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    number_of_rank: int, folder: str, number: int, measure: Callable[..., list[Row]], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=number)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number_of_rank, world_size=number)
     rows = measure(*arguments)
     dist.barrier()
     dist.destroy_process_group()
-    if rank == 0:
+    if number_of_rank == 0:
         Path(folder, "rows.json").write_text(json.dumps(rows))
 
 
@@ -177,7 +180,7 @@ def summarised(frame: pd.DataFrame) -> pd.DataFrame:
 def ranks(
     numbers: Annotated[str, typer.Option("--ranks", help="Comma-separated numbers of processes.")] = "1,2,4",
     wraps: Annotated[str, typer.Option("--wrap", help="Comma-separated: ddp, fsdp.")] = "ddp,fsdp",
-    model: Annotated[str, typer.Option(help="As in benchmarks.compare.")] = "conv",
+    model: Annotated[str, typer.Option(help="Of benchmarks.models.")] = "conv",
     batch_size: Annotated[int, typer.Option(min=2, help="Of each process.")] = 32,
     count: Annotated[int, typer.Option("--rounds", min=1)] = 9,
     out: Annotated[Path, typer.Option(help="Folder of the stored results.")] = RESULTS,

@@ -7,10 +7,10 @@ batches, failures in the middle of a step and checkpoints.
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.provenance import provenance
-from benchmarks.results import write
-from torch_molere import MetaReweighter, load_checkpoint, save_checkpoint
+from benchmarks.store import write
+from torch_molere import MetaReweighter, ValidationBuffer
 
 
 def soak(steps: int, looks: int = 10, report: Callable[[dict[str, int]], None] | None = None) -> list[dict[str, int]]:
@@ -31,36 +31,41 @@ def soak(steps: int, looks: int = 10, report: Callable[[dict[str, int]], None] |
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    reweighter = MetaReweighter(model, optimizer, warmup_steps=50, hypergradient="finite", buffer_size=64)
+    buffer = ValidationBuffer(capacity=64)
+    reweighter = MetaReweighter(model, optimizer, validation=buffer, warmup_steps=50, hypergradient="finite")
     x = torch.randn(256, 4)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 1).long()
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        while reweighter.steps < steps:
-            step = reweighter.steps
-            rows = torch.randint(256, (8,))
-            if step % 10 == 9:
-                _own_loop(model, optimizer, reweighter, x[rows], y[rows])
-            else:
-                reweighter.step((x[rows], y[rows], rows) if step % 2 else (x[rows], y[rows]))
-            if step % 100 == 50:
-                _refused(reweighter, x[rows], y[rows])
-                with torch.no_grad():
-                    reweighter.loss(model(x[rows]), y[rows])
-            if step % 1000 == 500:
-                path = Path(folder) / "checkpoint.pt"
-                save_checkpoint(path, model=model, optimizer=optimizer, reweighter=reweighter, step=step)
-                load_checkpoint(path, model=model, optimizer=optimizer, reweighter=reweighter)
-            if reweighter.steps % max(steps // looks, 1) == 0:
-                found.append(_held(reweighter))
-                if report is not None:
-                    report(found[-1])
+    while reweighter.steps < steps:
+        step = reweighter.steps
+        rows = torch.randint(256, (8,))
+        if step % 10 == 9:
+            _own_loop(model, optimizer, reweighter, x[rows], y[rows])
+        else:
+            reweighter.step((x[rows], y[rows], rows) if step % 2 else (x[rows], y[rows]))
+        if step % 100 == 50:
+            _refused(reweighter, x[rows], y[rows])
+            with torch.no_grad():
+                reweighter.loss(model(x[rows]), y[rows])
+        if step % 1000 == 500:
+            _resumed(model, optimizer, reweighter)
+        if reweighter.steps % max(steps // looks, 1) == 0:
+            found.append(_held(reweighter))
+            if report is not None:
+                report(found[-1])
     return found
 
 
-def _own_loop(
-    model: nn.Module, optimizer: torch.optim.Optimizer, reweighter: MetaReweighter, x: torch.Tensor, y: torch.Tensor
-) -> None:
+def _resumed(*parts: Any) -> None:
+    """Every state written and read back."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    for part, state in zip(parts, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+
+
+def _own_loop(model: nn.Module, optimizer: Any, reweighter: MetaReweighter, x: Tensor, y: Tensor) -> None:
     optimizer.zero_grad()
     for part in torch.arange(len(x)).chunk(2):
         (reweighter.loss(model(x[part]), y[part]) / 2).backward()
@@ -68,7 +73,7 @@ def _own_loop(
     optimizer.step()
 
 
-def _refused(reweighter: MetaReweighter, x: torch.Tensor, y: torch.Tensor) -> None:
+def _refused(reweighter: MetaReweighter, x: Tensor, y: Tensor) -> None:
     """A batch with a NaN, and a failure in the backward pass."""
     with suppress(FloatingPointError):
         reweighter.step((x * torch.nan, y))
@@ -85,7 +90,7 @@ def _refused(reweighter: MetaReweighter, x: torch.Tensor, y: torch.Tensor) -> No
 def _held(reweighter: MetaReweighter) -> dict[str, int]:
     """Counts of what could leak; -1 where the system does not tell."""
     gc.collect()
-    model, optimizer = reweighter.model, reweighter.optimizer
+    model, (optimizer,) = reweighter.model, reweighter.optimizers
     modules = list(model.modules())
     return {
         "step": reweighter.steps,

@@ -1,257 +1,163 @@
-"""One training run of each method: plain training, learned reweighting on a fixed split, and MOLERE."""
+"""One run: a problem, a method, a seed; the same budget, initialisation and order of data for every method."""
 
 from __future__ import annotations
 
-import math
+import copy
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from benchmarks.batches import Batches, LabelledImages
-from benchmarks.datasets import Task
-from torch_molere import InputWeighting, MetaReweighter, SignalWeighting, probabilistic_margin, split_by_margin
-
-METHODS = ("ERM", "LRW-Easy", "LRW-Random", "LRW-Hard", "MOLERE")
-
-WEIGHTINGS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
-    "loss": lambda model, classes: SignalWeighting(),
-    "signals": lambda model, classes: SignalWeighting(
-        ("loss", "margin", "probabilities", "label"), num_classes=classes
-    ),
-    "inputs": lambda model, classes: InputWeighting.from_classifier(model, classes),
-}
-"""φ by what it sees, made for a classifier and its number of classes."""
-
-Report = Callable[[int, int, float, float], None]
-"""``report(step, steps, loss, accuracy)`` of the latest batch."""
-
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``criterion(outputs, targets, indices)``: the scalar to go down."""
+from benchmarks import models, peers
+from benchmarks.methods import Method, reweighter
+from benchmarks.peers import logits, passes
+from benchmarks.problems import Problem, Setting
+from torch_molere import MetaReweighter
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How every method trains: one budget, one optimizer (SGD, momentum 0.9, cosine schedule by step), one data order.
+@dataclass
+class Trained:
+    """A finished run.
 
     Attributes:
-        epochs: passes over the rows that are trained on.
-        batch_size: of training and validation batches.
-        lr, weight_decay: of SGD.
-        augment: random crops and flips, of validation batches too, as they are in MOLERE's buffer.
-        weighting: what φ sees, one of :data:`WEIGHTINGS`.
-        weighting_lr: its learning rate.
-        every: a meta-update at every so many steps.
-        val_fraction: the share of the training rows that is validation.
-        warmup: the share of the steps that is plain training.
-        amp: ``"bf16"`` for autocast around the forward, or ``"off"``.
+        model: after the last epoch.
+        best: its parameters and buffers after the epoch that was best on the selection rows.
+        best_epoch: that one, from 1.
+        seconds: of the training alone.
+        steps: that were taken.
+        losses: ``(N,)`` mean of each row over plain training.
+        numbers: further columns of the run's row.
+        reweighter: closed.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    augment: bool
-    weighting: str = "loss"
-    weighting_lr: float = 1e-4
-    every: int = 5
-    val_fraction: float = 0.1
-    warmup: float = 0.25
-    amp: str = "off"
+    model: nn.Module
+    best: Mapping[str, Tensor]
+    best_epoch: int
+    seconds: float
+    steps: int
+    losses: Tensor
+    reweighter: MetaReweighter | None
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A classifier on a dataset, in order.
-
-    Attributes:
-        margins: ``(N,)`` probabilistic margins, on the CPU.
-        predictions, targets: ``(N,)`` class indices, on the CPU.
-        loss: mean cross-entropy.
-    """
-
-    margins: Tensor
-    predictions: Tensor
-    targets: Tensor
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        return float(accuracy_score(self.targets, self.predictions))
-
-    @property
-    def balanced_accuracy(self) -> float:
-        """The mean over the classes of the share that is right."""
-        return float(balanced_accuracy_score(self.targets, self.predictions))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run leaves: numbers by name, and the margins ``(N,)`` of its final classifier."""
-
-    numbers: dict[str, Any]
-    test_margins: Tensor
-    train_margins: Tensor
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: LabelledImages) -> Evaluation:
-    """Evaluate a classifier in evaluation mode, in full precision."""
-    model.eval()
-    margins, predictions, losses = [], [], []
-    for inputs, targets, _ in data.in_order():
-        logits = model(inputs)
-        margins.append(probabilistic_margin(logits, targets).cpu())
-        predictions.append(logits.argmax(dim=1).cpu())
-        losses.append(F.cross_entropy(logits, targets, reduction="none").cpu())
-    model.train()
-    return Evaluation(
-        torch.cat(margins), torch.cat(predictions), data.labels.cpu(), torch.cat(losses).double().mean().item()
-    )
-
-
-def split(
-    method: str, data: LabelledImages, fraction: float, seed: int, erm_margins: Tensor | None
-) -> tuple[Sequence[int], Sequence[int]]:
-    """The rows that a method trains on and its fixed validation rows (none where there is no fixed set).
-
-    LRW-Hard and LRW-Easy train twice: the margins of plain training with the same seed say what is hard.
+def augmented(inputs: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """Each image cropped at random out of itself with a zero border, an eighth of its height (4 pixels at 32×32), and
+    with ``crops and flips`` flipped left to right half of the time.
 
     Args:
-        method: one of :data:`METHODS`.
-        data: the N training rows.
-        fraction: the share of them that becomes validation.
-        seed: of LRW-Random's split.
-        erm_margins: ``(N,)``, needed by LRW-Hard and LRW-Easy.
+        inputs: ``(B, C, H, W)``.
+        kind: of augmentation; "" for none.
+        generator: on the CPU.
     """
-    if method in ("LRW-Hard", "LRW-Easy"):
-        assert erm_margins is not None
-        train, validation = split_by_margin(
-            data, erm_margins, side="hard" if method == "LRW-Hard" else "easy", fraction=fraction
-        )
-        return train.indices, validation.indices
-    if method == "LRW-Random":
-        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-        count = max(1, round(fraction * len(data)))
-        return sorted(rows[count:]), sorted(rows[:count])
-    return range(len(data)), []
+    if not kind:
+        return inputs
+    size, _, height, width = inputs.shape
+    border = height // 8
+    top, left = torch.randint(2 * border + 1, (2, size, 1), generator=generator)
+    flipped = torch.rand(size, 1, generator=generator) < (0.5 if kind == "crops and flips" else 0.0)
+    rows = top + torch.arange(height)
+    across = torch.arange(width)
+    columns = left + torch.where(flipped, across.flip(0), across)
+    padded = F.pad(inputs, (border, border, border, border)).permute(0, 2, 3, 1)
+    each = torch.arange(size).view(-1, 1, 1)
+    return padded[each, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
 
 
-def train(
-    model: nn.Module,
-    optimizer: Optimizer,
-    criterion: Criterion,
-    batches: Batches,
-    recipe: Recipe,
-    report: Report,
-) -> float:
-    """The loop that every method shares; returns the seconds it took."""
-    device = next(model.parameters()).device
-    steps = recipe.epochs * len(batches)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    _wait(device)
+class TrustedBatches:
+    """Endless validation batches ``(inputs, targets)`` of the trusted rows, in random orders, augmented as training is.
+
+    Iterating again starts a new pass; each has an order of its own.
+    """
+
+    def __init__(self, problem: Problem, setting: Setting, seed: int) -> None:
+        self.problem, self.setting = problem, setting
+        size = setting.batch_of_trusted or max(2, setting.batch_size // 2)
+        self.batches = passes(problem.trusted, min(size, len(problem.trusted)), seed + 1)
+        self.length = -(-len(problem.trusted) // size)
+        self.generator = torch.Generator().manual_seed(seed + 2)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in itertools.islice(self.batches, self.length):
+            yield augmented(self.problem.inputs[rows], self.setting.augment, self.generator), self.problem.labels[rows]
+
+
+def train(setting: Setting, method: Method, problem: Problem, seed: int, judge: bool = True) -> Trained:
+    """Train once.
+
+    Args:
+        judge: whether the classifier is judged by the selection rows after each epoch.
+    """
+    setting = replace(setting, **method.training)
+    torch.manual_seed(seed)
+    model = models.build(setting.model, tuple(problem.inputs.shape[1:]), problem.classes)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=setting.lr, momentum=setting.momentum, weight_decay=setting.weight_decay
+    )
+    everything = torch.arange(len(problem.labels))
+    each = -(-len(everything) // setting.batch_size)
+    steps = setting.epochs * each
+    scheduler = CosineAnnealingLR(optimizer, steps) if setting.schedule == "cosine" else None
+    run = Trained(model, {}, 0, 0.0, steps, torch.zeros(len(everything)), None)
+
+    def first(rows: Tensor) -> Iterator[nn.Module]:
+        return plain_epochs(setting, problem, rows, seed + 100)
+
+    if method.kind == "reweighted":
+        validation = TrustedBatches(problem, setting, seed) if len(problem.trusted) else None
+        run.reweighter = reweighter(method, problem, validation, model, optimizer, steps, seed)
+    objective = peers.objective(method.kind, method.strength, problem, first)
+    stream = iter(passes(everything, setting.batch_size, seed))
+    if method.kind == "rho":
+        stream = iter(peers.reducible_batches(problem, setting, model, first, method.strength, seed))
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # what has been made until here has moved the stream differently for each method
+    spread, best = 0.0, -1.0
     start = time.perf_counter()
-    step = 0
-    for _ in range(recipe.epochs):
-        for inputs, targets, indices in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp == "bf16"):
-                outputs = model(inputs)
-                loss = criterion(outputs, targets, indices)
+    for step in range(1, steps + 1):
+        rows = next(stream)
+        inputs, labels = augmented(problem.inputs[rows], setting.augment, generator), problem.labels[rows]
+        if run.reweighter is None:
+            outputs = model(inputs)
             optimizer.zero_grad()
-            loss.backward()
+            objective(outputs, labels, rows).backward()
+            optimizer.step()
+            run.losses[rows] += F.cross_entropy(outputs.detach(), labels, reduction="none") / setting.epochs
+        else:
+            spread += run.reweighter.step((inputs, labels, rows)).weights.std().item() / steps
+        if scheduler is not None:
+            scheduler.step()
+        if judge and step % each == 0:
+            paused = time.perf_counter()
+            right = logits(model, problem.selection.inputs[:1000]).argmax(dim=1) == problem.selection.labels[:1000]
+            if (accuracy := right.double().mean().item()) > best:
+                best, run.best, run.best_epoch = accuracy, copy.deepcopy(model.state_dict()), step // each
+            start += time.perf_counter() - paused
+    run.seconds = time.perf_counter() - start
+    run.numbers = {"weight_sd": spread}
+    return run
+
+
+def plain_epochs(setting: Setting, problem: Problem, rows: Tensor, seed: int) -> Iterator[nn.Module]:
+    """Plain training on some rows: the model after each epoch."""
+    torch.manual_seed(seed)
+    model = models.build(setting.model, tuple(problem.inputs.shape[1:]), problem.classes)
+    each = -(-len(rows) // setting.batch_size)
+    optimizer = torch.optim.SGD(model.parameters(), setting.lr, setting.momentum, weight_decay=setting.weight_decay)
+    scheduler = CosineAnnealingLR(optimizer, setting.epochs * each)
+    stream, generator = passes(rows, setting.batch_size, seed), torch.Generator().manual_seed(seed)
+    for _ in range(setting.epochs):
+        for batch in itertools.islice(stream, each):
+            inputs = augmented(problem.inputs[batch], setting.augment, generator)
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), problem.labels[batch]).backward()
             optimizer.step()
             scheduler.step()
-            step += 1
-            # Reading a loss waits for the accelerator, so it is not done at every step.
-            if step % max(1, steps // 200) == 0 or step == steps:
-                report(step, steps, loss.item(), (outputs.argmax(dim=1) == targets).float().mean().item())
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def run(
-    method: str,
-    seed: int,
-    task: Task,
-    build: Callable[[], nn.Module],
-    recipe: Recipe,
-    device: torch.device,
-    erm_margins: Tensor | None,
-    report: Report,
-) -> Outcome:
-    """Train one classifier by one method and evaluate it.
-
-    Args:
-        method: one of :data:`METHODS`.
-        seed: of the initialisation, the data order and everything else random, the same for every method.
-        task: on ``device``.
-        build: makes the classifier.
-        recipe: how to train.
-        device: where to train.
-        erm_margins: ``(N,)`` training margins of the ERM run with this seed.
-        report: called now and then during training.
-    """
-    torch.manual_seed(seed)
-    model = build().to(device)
-    rows, validation_rows = split(method, task.train, recipe.val_fraction, seed, erm_margins)
-    batches = task.train.batches(rows, recipe.batch_size, seed, recipe.augment)
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    reweighter: MetaReweighter | None = None
-    if method != "ERM":
-        fixed = (
-            task.train.batches(validation_rows, recipe.batch_size, seed, recipe.augment) if validation_rows else None
-        )
-        reweighter = MetaReweighter(
-            model,
-            optimizer,
-            weighting=WEIGHTINGS[recipe.weighting](model, len(task.classes)),
-            validation=fixed,
-            val_fraction=recipe.val_fraction,
-            every=recipe.every,
-            warmup_steps=round(recipe.warmup * recipe.epochs * len(batches)),
-            weighting_lr=recipe.weighting_lr,
-            seed=seed,
-        )
-    criterion = _mean_loss if reweighter is None else reweighter.loss
-    # φ's initialisation has drawn from the global stream; dropout is to start alike for every method.
-    torch.manual_seed(seed)
-    seconds = train(model, optimizer, criterion, batches, recipe, report)
-    engine = "none" if reweighter is None else reweighter.engine
-    if reweighter is not None:
-        reweighter.close()
-    test, fitted = evaluate(model, task.test), evaluate(model, task.train)
-    if not math.isfinite(test.loss):
-        raise FloatingPointError("the test loss is not finite")
-    steps = recipe.epochs * len(batches)
-    numbers = {
-        "method": method,
-        "seed": seed,
-        "accuracy": test.accuracy,
-        "balanced_accuracy": test.balanced_accuracy,
-        "test_margin": test.margins.double().mean().item(),
-        "test_loss": test.loss,
-        "train_accuracy": fitted.accuracy,
-        "train_rows": len(rows),
-        "validation_rows": len(validation_rows),
-        "steps": steps,
-        "seconds": seconds,
-        "seconds_per_step": seconds / steps,
-        "engine": engine,
-    }
-    return Outcome(numbers, test.margins, fitted.margins)
-
-
-def _mean_loss(outputs: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets)
-
-
-def _wait(device: torch.device) -> None:
-    """Wait for the accelerator, so that the clock counts its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        yield model

@@ -1,14 +1,16 @@
 """Loops of one's own: what people do around optimizer and model changes nothing of what the reweighter computes."""
 
 import copy
+import gc
 
 import pytest
 import torch
-import torch.nn.functional as F
 from same import assert_same
 from torch import nn
 
-from torch_molere import MetaReweighter
+from torch_molere import LearnedSplitter, MetaReweighter, ValidationBuffer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def classifier():
@@ -22,8 +24,9 @@ def batches(count, size=16):
         (
             torch.randn(size, 5, generator=generator, dtype=torch.double),
             torch.randint(3, (size,), generator=generator),
+            torch.arange(size) + size * (number % 3),
         )
-        for _ in range(count)
+        for number in range(count)
     ]
 
 
@@ -31,16 +34,18 @@ def trained(make_optimizer, around=lambda model, optimizer: optimizer.step(), to
     """A model after eight steps of a loop of one's own, four of them with a meta-update; and the reweighter."""
     model = classifier()
     optimizer = make_optimizer(model.parameters())
-    reweighter = MetaReweighter(model, optimizer, warmup_steps=1, every=2, val_fraction=0.2)
+    reweighter = MetaReweighter(
+        model, optimizer, warmup_steps=1, every=2, validation=ValidationBuffer(fraction=0.2, hold_out=True)
+    )
     torch.manual_seed(2)
     learned = 0
-    for x, y in batches(8):
+    for x, y, rows in batches(8):
         optimizer.zero_grad(set_to_none=to_none)
-        reweighter.loss(model(x), y).backward()
+        reweighter.loss(model(x), y, rows).backward()
         around(model, optimizer)
         learned += reweighter.result.val_loss is not None
     assert reweighter.steps == 8
-    assert learned == 4
+    assert learned == reweighter.meta_updates == 4
     return model.state_dict(), reweighter.state_dict()
 
 
@@ -52,10 +57,36 @@ def test_gradients_may_be_zeroed_or_dropped():
     assert_same(trained(adamw(), to_none=True), trained(adamw(), to_none=False))
 
 
+def test_the_criterion_is_a_module_in_its_place():
+    """Assigned where a criterion stood, it gives what ``loss`` gives, and in an evaluation loop the plain loss."""
+
+    def run(name):
+        model = classifier()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        reweighter = MetaReweighter(model, optimizer, warmup_steps=1, every=2)
+        task = nn.Module()
+        task.criterion = reweighter.criterion
+        loss_of = {"loss": reweighter.loss, "criterion": task.criterion}[name]
+        torch.manual_seed(2)
+        for x, y, rows in batches(5):
+            optimizer.zero_grad()
+            loss_of(model(x), y, rows).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            outputs = model(x)
+            assert_same(loss_of(outputs, y), nn.CrossEntropyLoss()(outputs, y))
+        assert isinstance(task.criterion, nn.Module) and not list(task.parameters())
+        return model.state_dict(), reweighter.state_dict()
+
+    assert_same(run("criterion"), run("loss"))
+
+
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}])
 def test_the_implementation_of_the_optimizer_does_not_matter(options):
     reference = {name: value for name, value in options.items() if name == "amsgrad"}
-    assert_same(trained(adamw(**options)), trained(adamw(**reference)), rtol=1e-6, atol=1e-9)
+    found, expected = trained(adamw(**options)), trained(adamw(**reference))
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)  # finite differences make rounding larger
 
 
 def test_a_compiled_optimizer():
@@ -69,7 +100,8 @@ def test_a_compiled_optimizer():
 
     assert_same(trained(sgd, compiled), trained(sgd))
     torch._dynamo.reset()
-    assert_same(trained(adamw(), compiled), trained(adamw()), rtol=1e-4, atol=1e-5)
+    assert_same(trained(adamw(), compiled)[0], trained(adamw())[0], rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
 
 
 def test_averaged_models_follow():
@@ -135,15 +167,39 @@ class InsideAutocast(nn.Module):
             return self.Rounded.apply(self.network(x)).float()
 
 
-def test_no_engine_is_right_for_a_model_that_rounds_inside():
-    """Forward mode is not there, and a difference of bfloat16 losses is noise: refused rather than learned from."""
+def test_a_model_that_rounds_inside_is_differentiated_in_reverse():
+    """Forward mode is not there, and a difference of bfloat16 losses is noise; backward itself is left."""
     torch.manual_seed(0)
     model = InsideAutocast()
     reweighter = MetaReweighter(model, torch.optim.SGD(model.parameters(), lr=0.1), warmup_steps=1, every=1)
-    steps = [(x.float(), y) for x, y in batches(2, size=32)]
-    reweighter.step(steps[0])
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"finds no engine that is right.*enter it around the model instead"):
-        reweighter.step(steps[1])
-    assert_same(model.state_dict(), before)
-    assert F.cross_entropy(model(steps[1][0]), steps[1][1]).isfinite()
+    for x, y, rows in batches(3, size=32):
+        result = reweighter.step((x.float(), y, rows))
+    assert torch.isfinite(result.val_loss)
+    assert reweighter.engine == "reverse"
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_nothing_grows_with_the_number_of_steps(order):
+    model = classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    buffer = ValidationBuffer(splitter=LearnedSplitter(("loss",)), capacity=20)
+    reweighter = MetaReweighter(model, optimizer, warmup_steps=1, every=2, order=order, validation=buffer)
+    steps = batches(3)
+
+    def counted():
+        gc.collect()
+        alive = gc.get_objects()
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in alive)
+        hooks = [model._forward_pre_hooks, model._forward_hooks, *vars(optimizer).values()]
+        return tensors, len(alive), sum(len(each) for each in hooks if isinstance(each, dict))
+
+    for number in range(30):
+        reweighter.step(steps[number % 3])
+    tensors, objects, hooks = counted()
+    for number in range(90):
+        if number % 10 == 3:  # of a loss that nothing follows
+            reweighter.loss(model(steps[0][0]), steps[0][1])
+        reweighter.step(steps[number % 3])
+    later = counted()
+    assert (later[0], later[2]) == (tensors, hooks)
+    assert later[1] <= objects + 50

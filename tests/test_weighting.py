@@ -1,71 +1,147 @@
-"""The range of the weightings' weights."""
+"""Weightings, each against its definition. That they help training is for the studies and tests/test_kinds.py."""
+
+import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from some_samples import Operations, some_samples
 from torch import nn
 
-from torch_molere import FreeWeighting, InputWeighting, MetaReweighter, Samples, SignalWeighting
+from torch_molere.weighting import (
+    FreeWeighting,
+    InputWeighting,
+    OnlineWeighting,
+    RandomWeighting,
+    SignalWeighting,
+    normalised,
+    standardised,
+)
 
 KINDS = {
-    "signals": lambda **options: SignalWeighting(("loss", "label"), num_classes=3, hidden=6, **options),
-    "inputs": lambda **options: InputWeighting(nn.Linear(4, 1), **options),
-    "classifier": lambda **options: InputWeighting.from_classifier(nn.Linear(4, 3), 3, **options),
-    "free": lambda **options: FreeWeighting(30, **options),
+    "default": lambda: SignalWeighting(),
+    "signals": lambda: SignalWeighting(("loss", "label"), num_classes=3, hidden=6),
+    "inputs": lambda: InputWeighting(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))),
+    "classifier": lambda: InputWeighting.from_classifier(nn.Linear(3, 3), 3),
+    "free": lambda: FreeWeighting(30),
 }
 
 
-def samples(size=30):
-    generator = torch.Generator().manual_seed(0)
-    inputs, outputs = (torch.randn(size, width, generator=generator) for width in (4, 3))
-    targets = torch.arange(size) % 3
-    losses = F.cross_entropy(outputs, targets, reduction="none")
-    return Samples(((inputs,), {}), targets, outputs, losses, outputs.argmax(1) == targets, torch.arange(size))
+def samples(**changed):
+    return some_samples(30, indices=torch.arange(30), **changed)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "inputs"])
+def test_a_new_weighting_weighs_all_alike(kind):
+    weights = normalised(KINDS[kind]()(samples()), None, 3.0)
+    assert torch.equal(weights, torch.ones(30))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_lie_between_the_floor_and_one(kind):
+def test_weights_lie_between_zero_and_one_and_learn(kind):
     torch.manual_seed(5)
-    free, floored = KINDS[kind](floor=0.0), KINDS[kind](floor=0.25)
+    weighting = KINDS[kind]()
     with torch.no_grad():
-        for parameter in free.parameters():
-            parameter.copy_(5.0 * torch.randn_like(parameter))
-    floored.load_state_dict(free.state_dict())
-    batch = samples()
-    plain, weights = free(batch), floored(batch)
-    assert plain.min() < 0.05 and plain.max() > 0.95
-    torch.testing.assert_close(weights, 0.25 + 0.75 * plain)
-    assert weights.max() / weights.min() <= 4.0
-    (gradient,) = torch.autograd.grad(weights.sum(), list(floored.parameters())[:1])
-    (reference,) = torch.autograd.grad(plain.sum(), list(free.parameters())[:1])
-    torch.testing.assert_close(gradient.to_dense(), 0.75 * reference.to_dense())
+        for parameter in weighting.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    weights = weighting(samples())
+    assert weights.shape == (30,)
+    assert 0.0 <= weights.min() < weights.max() <= 1.0
+    gradients = torch.autograd.grad(weights.sum(), list(weighting.parameters()))
+    assert all(gradient.to_dense().any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("floor", [-0.1, 1.0, float("nan")])
-def test_refuses_a_floor_outside_its_range(kind, floor):
-    with pytest.raises(ValueError, match=r"floor must lie in \[0, 1\), got"):
-        KINDS[kind](floor=floor)
+def test_input_weighting_leaves_the_classifier_alone_and_checks_its_network():
+    classifier = nn.Linear(3, 3)
+    before = [parameter.clone() for parameter in classifier.parameters()]
+    weighting = InputWeighting.from_classifier(classifier.double(), 3)
+    assert {parameter.dtype for parameter in weighting.parameters()} == {torch.double}
+    with torch.no_grad():
+        for parameter in weighting.parameters():
+            parameter.zero_()
+    assert all(torch.equal(a.double(), b) for a, b in zip(before, classifier.parameters(), strict=True))
+    assert InputWeighting(nn.Flatten(0))(some_samples(4, num_classes=None)).shape == (4,)
+    with pytest.raises(ValueError, match=r"network must return \(30,\) or \(30, 1\), got \(30, 2\)"):
+        InputWeighting(nn.Linear(3, 2))(samples())
 
 
-def test_no_instance_weighs_more_than_the_floor_allows_in_training():
-    """A weighting that learns much too fast puts the batch's weight on few; the floor bounds the ratio."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = torch.randn(64, 4, generator=generator), torch.randint(3, (64,), generator=generator)
-    largest = {}
-    for floor in (0.0, 0.5):
-        torch.manual_seed(0)
-        model = nn.Linear(4, 3)
-        reweighter = MetaReweighter(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            weighting=SignalWeighting(("loss", "label"), num_classes=3, floor=floor),
-            validation=[(inputs[:16], targets[:16])],
-            weighting_lr=1.0,
-            warmup_steps=0,
-            every=1,
-        )
-        weights = torch.stack([reweighter.step((inputs, targets)).weights for _ in range(20)])
-        torch.testing.assert_close(weights.mean(dim=1), torch.ones(20))
-        largest[floor] = (weights.amax(dim=1) / weights.amin(dim=1)).max().item()
-    assert largest[0.5] <= 2.0001 < 10.0 < largest[0.0]
+def test_free_weighting_is_by_row():
+    weighting = FreeWeighting(100)
+    with torch.no_grad():
+        weighting.scores.weight.copy_(torch.linspace(-3, 3, 100).unsqueeze(1))
+    rows = torch.tensor([99, 3, 3, 50, 0])
+    batch = some_samples(5, indices=rows)
+    torch.testing.assert_close(weighting(batch), torch.sigmoid(torch.linspace(-3, 3, 100)[rows]))
+    (gradient,) = torch.autograd.grad(weighting(batch).sum(), weighting.scores.weight)
+    assert gradient.is_sparse and sorted(gradient.coalesce().indices()[0].tolist()) == [0, 3, 50, 99]
+    with pytest.raises(ValueError, match=r"indices must lie in \[0, 100\), got 100; make FreeWeighting"):
+        weighting(some_samples(2, indices=torch.tensor([1, 100])))
+    with pytest.raises(ValueError, match="needs the rows' indices"):
+        weighting(some_samples(2))
+    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
+        FreeWeighting(0)
+
+
+def test_online_weighting_is_the_evidence():
+    evidence = torch.tensor([0.0, 0.3, 0.5, -2.0, 0.1])
+    batch = some_samples(5, meta_gradients=evidence)
+    weighting = OnlineWeighting(offset=0.3, decay=0.7)
+    torch.testing.assert_close(weighting(batch), torch.tensor([0.3, 0.0, 0.0, 2.3, 0.2]))
+    assert weighting.meta_decay == 0.7 and not list(weighting.parameters())
+    ren = OnlineWeighting(offset=0.0, decay=0.0)  # Learning to Reweight: max(0, -gradient), normalised to sum to one
+    published = (-evidence).clamp_min(0) / (-evidence).clamp_min(0).sum()
+    torch.testing.assert_close(normalised(ren(batch)) / 5, published)
+    nothing = some_samples(5)
+    assert torch.equal(normalised(ren(nothing), None, 3.0), torch.zeros(5))  # no step
+    assert torch.equal(normalised(weighting(nothing), None, 3.0), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OnlineWeighting(offset=-0.1), "offset must be finite and not negative, got -0.1"),
+        (lambda: OnlineWeighting(offset=float("inf")), "offset must be finite"),
+        (lambda: OnlineWeighting(decay=1.0), r"decay must lie in \[0, 1\), got 1.0"),
+        (lambda: RandomWeighting(-1.0), "spread must be finite and not negative, got -1.0"),
+        (lambda: RandomWeighting(float("nan")), "spread must be finite"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("spread", "deviation"), [(0.0, 0.0), (1.0, 0.42), (2.0, 0.63), (3.0, 0.74)])
+def test_random_weights_have_the_distribution_that_is_stated(spread, deviation):
+    z = torch.linspace(-8, 8, 4001, dtype=torch.double)
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    weights = torch.sigmoid(spread * z)
+    by_quadrature = (density * (weights - 0.5) ** 2).sum().sqrt().item() / 0.5
+    assert by_quadrature == pytest.approx(deviation, abs=0.006)
+    torch.manual_seed(3)
+    batch = some_samples(20_000)
+    drawn = RandomWeighting(spread)(batch)
+    assert normalised(drawn).std().item() == pytest.approx(by_quadrature, abs=0.01)
+    torch.manual_seed(3)
+    assert torch.equal(RandomWeighting(spread)(batch), drawn)
+
+
+def test_standardised():
+    gradient = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.double)
+    deviation = math.sqrt(sum((g - 1.3 / 4) ** 2 for g in gradient.tolist()) / 4)
+    torch.testing.assert_close(standardised(gradient), gradient / deviation)
+    torch.testing.assert_close(standardised(1e-30 * gradient), gradient / deviation)
+    assert torch.equal(standardised(torch.full((7,), 0.1)), torch.zeros(7))  # and not their rounding
+    assert torch.equal(standardised(torch.zeros(3)), torch.zeros(3))
+    assert torch.equal(standardised(torch.tensor([5.0])), torch.zeros(1))
+    assert standardised(torch.zeros(0)).shape == (0,)
+
+
+def test_few_operations():
+    """A small network's step is a few hundred of them."""
+    batch, weighting = some_samples(128), SignalWeighting()
+    with torch.no_grad(), Operations() as forward:
+        weights = weighting(batch)
+    with Operations() as normalisation:
+        normalised(weights, None, 3.0)
+    assert forward.count <= 16
+    assert normalisation.count <= 9

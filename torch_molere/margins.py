@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from torch_molere.evaluation import arguments_of, device_of, logits_of, move
+from torch_molere.calls import arguments_of, device_of, logits_of, move
 
 
 def probabilistic_margin(logits: Tensor, targets: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def probabilistic_margin(logits: Tensor, targets: Tensor) -> Tensor:
         targets: ``(B,)`` integer class indices in ``[0, C)``.
 
     Returns:
-        ``(B,)`` of the dtype of ``logits``, in ``[-1, 1]``.
+        ``(B,)`` in ``[-1, 1]``, of the dtype of ``logits`` (float32 for half precision).
 
     Raises:
         ValueError: for other shapes, a dtype that is not floating or not integer, or targets outside ``[0, C)``.
@@ -39,23 +39,27 @@ def probabilistic_margin(logits: Tensor, targets: Tensor) -> Tensor:
         )
     if targets.numel():
         lowest, highest = torch.stack(targets.aminmax()).tolist()
-        check_classes(lowest, highest, logits.shape[1])
-    return margins_of(logits, targets)
+        if lowest < 0 or highest >= logits.shape[1]:
+            raise ValueError(f"targets must lie in [0, {logits.shape[1]}), got values from {lowest} to {highest}")
+    return margins_of(logits, targets.long())
 
 
-def margins_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """As :func:`probabilistic_margin`, of what has been checked."""
-    probabilities = logits.softmax(dim=1)
-    column = targets.long().unsqueeze(1)
-    target = probabilities.gather(1, column).squeeze(1)
-    others = probabilities.scatter(1, column, -torch.inf).amax(dim=1)
-    return target - others
+def margins_of(outputs: Tensor, classes: Tensor) -> Tensor:
+    """As :func:`probabilistic_margin`, unchecked and without reading the device.
 
+    Args:
+        outputs: ``(B, C)`` logits or log-probabilities, C ≥ 2.
+        classes: ``(B,)`` long in ``[0, C)``, or -1 where the target is ignored.
 
-def check_classes(lowest: int, highest: int, num_classes: int) -> None:
-    """Refuse class indices outside ``[0, num_classes)``, with a ValueError."""
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"targets must lie in [0, {num_classes}), got values from {lowest} to {highest}")
+    Returns:
+        ``(B,)`` in ``[-1, 1]``, at least float32; 1 where the class is -1.
+    """
+    is_half = outputs.dtype in (torch.float16, torch.bfloat16)
+    probabilities = (outputs.float() if is_half else outputs).softmax(dim=1)
+    column = classes.clamp(min=0).unsqueeze(1)
+    target = probabilities.gather(1, column)
+    others = probabilities.scatter(1, column, -torch.inf).amax(dim=1, keepdim=True)
+    return (target - others).squeeze(1).masked_fill_(classes < 0, 1.0)
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 """Accelerate: prepared or bare objects, either way the plain loop, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from same import assert_same
 from torch import nn
 
-from torch_molere import MetaReweighter
+from torch_molere import MetaReweighter, ValidationBuffer, with_indices
 
 accelerate = pytest.importorskip("accelerate", reason="the extra 'accelerate' is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network():
@@ -20,7 +23,7 @@ def loader():
     data = torch.utils.data.TensorDataset(
         torch.randn(96, 1, 6, generator=generator), torch.randint(3, (96,), generator=generator)
     )
-    return torch.utils.data.DataLoader(data, batch_size=16)
+    return torch.utils.data.DataLoader(with_indices(data), batch_size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +38,8 @@ def one_accelerator():
 
 
 def reweighting(model, optimizer):
-    return MetaReweighter(model, optimizer, warmup_steps=3, every=2)
+    validation = ValidationBuffer(fraction=0.2, hold_out=True)
+    return MetaReweighter(model, optimizer, validation=validation, warmup_steps=3, every=2)
 
 
 def plain(accumulate=1, precision="no"):
@@ -43,10 +47,10 @@ def plain(accumulate=1, precision="no"):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     reweighter = reweighting(model, optimizer)
     for _ in range(3):
-        for number, (inputs, targets) in enumerate(loader()):
+        for number, (inputs, targets, indices) in enumerate(loader()):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                outputs = model(inputs)
-            (reweighter.loss(outputs.float(), targets) / accumulate).backward()
+                loss = reweighter.loss(model(inputs), targets, indices)
+            (loss / accumulate).backward()
             if (number + 1) % accumulate == 0:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -63,9 +67,9 @@ def prepared(before, accumulate=1, precision="no"):
     network_, optimizer, batches = accelerator.prepare(model, optimizer, loader())
     reweighter = reweighter or reweighting(network_, optimizer)
     for _ in range(3):
-        for inputs, targets in batches:
+        for inputs, targets, indices in batches:
             with accelerator.accumulate(network_):
-                loss = reweighter.loss(network_(inputs), targets)
+                loss = reweighter.loss(network_(inputs), targets, indices)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(network_.parameters(), 1.0)
@@ -74,33 +78,71 @@ def prepared(before, accumulate=1, precision="no"):
     return model, reweighter
 
 
-@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("setting", [{}, {"accumulate": 2}, {"precision": "bf16"}])
-def test_a_prepared_loop_is_the_plain_one(before, setting):
+def test_a_prepared_loop_is_the_plain_one(setting):
     model, reweighter = plain(**setting)
-    start = network()
-    found, other = prepared(before, **setting)
-    assert_same(found.state_dict(), model.state_dict())
-    assert_same(other.state_dict(), reweighter.state_dict())
-    assert other.steps == 18 // setting.get("accumulate", 1)
-    assert other.engine == reweighter.engine == "finite"
-    assert not torch.equal(start[0].weight, found[0].weight)
+    assert not torch.equal(network()[0].weight, model[0].weight)
+    for before in (True, False):
+        found, other = prepared(before, **setting)
+        assert_same(found.state_dict(), model.state_dict())
+        assert_same(other.state_dict(), reweighter.state_dict())
+        assert other.steps == 18 // setting.get("accumulate", 1)
+        assert other.meta_updates > 0
+        assert other.engine == reweighter.engine == "finite"
 
 
 def test_step_takes_prepared_objects():
-    """``step(batch)`` with the wrappers is ``step(batch)`` without them."""
+    """``step(batch)`` with the wrappers is ``step(batch)`` without them, and a loop of one's own."""
     found = []
-    for wrap in (False, True):
+    for wrap, own_loop in ((False, False), (True, False), (True, True)):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         batches = loader()
         if wrap:
             model, optimizer, batches = accelerate.Accelerator(cpu=True).prepare(model, optimizer, batches)
         reweighter = reweighting(model, optimizer)
-        for batch in batches:
-            reweighter.step(batch)
+        for inputs, targets, indices in batches:
+            if own_loop:
+                optimizer.zero_grad()
+                reweighter.loss(model(inputs), targets, indices).backward()
+                optimizer.step()
+            else:
+                reweighter.step((inputs, targets, indices))
         found.append((model.state_dict(), reweighter.state_dict()))
     assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_the_scaler_of_a_prepared_optimizer(own_loop):
+    """It scales by a power of two, so that nothing changes; a step that it skips is none."""
+    accelerate.Accelerator(cpu=True)
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+        reweighter = reweighting(model, optimizer)
+
+        def step(inputs, targets, indices, model=model, optimizer=optimizer, reweighter=reweighter, scaler=scaler):
+            if not own_loop:
+                return reweighter.step((inputs, targets, indices))
+            loss = reweighter.loss(model(inputs), targets, indices)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for batch in loader():
+            step(*batch)
+        found.append((copy.deepcopy(model.state_dict()), reweighter.state_dict()))
+    assert reweighter.meta_updates == 2
+    assert_same(found[0], found[1])
+
+    scaler.update(float("inf"))  # the next gradients overflow
+    step(*batch)
+    assert optimizer.step_was_skipped
+    assert_same([p.detach() for p in model.parameters()], [found[1][0][name] for name, _ in model.named_parameters()])
+    assert_same(reweighter.state_dict(), found[1][1])
 
 
 def test_checkpoints_of_the_accelerator(tmp_path):

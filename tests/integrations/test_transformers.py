@@ -1,13 +1,14 @@
-"""The Hugging Face Trainer with ``compute_loss_func=`` is the plain loop, for a small text classifier."""
+"""The Hugging Face Trainer with its loss replaced is the plain loop, bit for bit, for a small text classifier."""
 
 import pytest
 import torch
 from same import assert_same
 from torch import nn
 
-from torch_molere import MetaReweighter
+from torch_molere import MetaReweighter, ValidationBuffer, with_indices
 
 transformers = pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 18
 
@@ -45,7 +46,7 @@ def classifier():
 
 
 def reweighting(model, optimizer):
-    return MetaReweighter(model, optimizer, warmup_steps=3, every=2, val_fraction=0.2)
+    return MetaReweighter(model, optimizer, validation=ValidationBuffer(fraction=0.2), warmup_steps=3, every=2)
 
 
 class Keep(transformers.TrainerCallback):
@@ -63,14 +64,25 @@ class Keep(transformers.TrainerCallback):
             self.reweighter.load_state_dict(torch.load(f"{self.resume_from}/reweighter.pt", weights_only=True))
 
 
-def trainer(tmp_path, accumulate=1, resume_from=None, seen=None, **options):
+class Reweighted(transformers.Trainer):
+    """A Trainer whose loss is the reweighter's; its batches say which rows they are of."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, indices = inputs.pop("labels"), inputs.pop("index", None)
+        outputs = model(**inputs)
+        loss = self.reweighter.loss(outputs, labels, indices)
+        return (loss, outputs) if return_outputs else loss
+
+
+def trainer(tmp_path, accumulate=1, resume_from=None, short=False, **options):
+    """``short``: by ``compute_loss_func``, without indices."""
     model = classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     reweighter = reweighting(model, optimizer)
 
     def compute_loss(outputs, labels, num_items_in_batch=None):
-        if seen is not None and torch.is_grad_enabled():
-            seen[-1]["labels"] = labels
         return reweighter.loss(outputs, labels) / accumulate
 
     arguments = transformers.TrainingArguments(
@@ -83,21 +95,21 @@ def trainer(tmp_path, accumulate=1, resume_from=None, seen=None, **options):
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
+        remove_unused_columns=short,
         seed=3,
         **({"save_strategy": "no"} | options),
     )
-    return (
-        transformers.Trainer(
-            model,
-            arguments,
-            train_dataset=Texts(),
-            eval_dataset=Texts(),
-            optimizers=(optimizer, None),
-            compute_loss_func=compute_loss,
-            callbacks=[Keep(reweighter, resume_from)],
-        ),
-        reweighter,
+    made = (transformers.Trainer if short else Reweighted)(
+        model,
+        arguments,
+        train_dataset=Texts() if short else with_indices(Texts()),
+        eval_dataset=Texts(),
+        optimizers=(optimizer, None),
+        compute_loss_func=compute_loss if short else None,
+        callbacks=[Keep(reweighter, resume_from)],
     )
+    made.reweighter = reweighter
+    return made, reweighter
 
 
 def plain(seen, accumulate, precision):
@@ -105,12 +117,11 @@ def plain(seen, accumulate, precision):
     model = classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     reweighter = reweighting(model, optimizer)
-    for number, batch in enumerate(seen):
-        torch.set_rng_state(batch["random state"])
+    for number, (inputs, labels, indices, random) in enumerate(seen):
+        torch.set_rng_state(random)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision):
-            outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        outputs.logits = outputs.logits.float()
-        (reweighter.loss(outputs, batch["labels"]) / accumulate).backward()
+            loss = reweighter.loss(model(**inputs), labels, indices)
+        (loss / accumulate).backward()
         if (number + 1) % accumulate == 0:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -118,31 +129,41 @@ def plain(seen, accumulate, precision):
     return model, reweighter
 
 
-@pytest.mark.parametrize(("accumulate", "precision"), [(1, False), (2, False), (1, True)])
-def test_train_is_the_plain_loop(tmp_path, accumulate, precision):
-    seen = []
-    trained, reweighter = trainer(tmp_path, accumulate, seen=seen, bf16=precision)
+@pytest.mark.parametrize(
+    ("accumulate", "precision", "short"), [(1, False, False), (2, False, False), (2, False, True), (1, True, False)]
+)
+def test_train_is_the_plain_loop(tmp_path, accumulate, precision, short, monkeypatch):
+    trained, reweighter = trainer(tmp_path, accumulate, short=short, bf16=precision)
+    seen, loss = [], reweighter.loss
+    states = []
+    trained.model.register_forward_pre_hook(
+        lambda model, _, inputs: states.append((inputs, torch.get_rng_state())), with_kwargs=True
+    )
 
-    def see(model, positional, named):
-        if torch.is_grad_enabled() and model.training and reweighter._observing:
-            seen.append({**named, "random state": torch.get_rng_state()})
+    def see(outputs, labels, indices=None):
+        inputs, random = states[-1]
+        if torch.is_grad_enabled():
+            seen.append((dict(inputs), labels, indices, random))
+        return loss(outputs, labels, indices)
 
-    trained.model.register_forward_pre_hook(see, with_kwargs=True)
+    monkeypatch.setattr(reweighter, "loss", see)
     trained.train()
     assert len(seen) == STEPS
     model, same = plain(seen, accumulate, precision)
     assert_same(trained.model.state_dict(), model.state_dict())
-    assert_same(reweighter.weighting.state_dict(), same.weighting.state_dict())
-    assert_same(reweighter.splitter.state_dict(), same.splitter.state_dict())
+    assert_same(reweighter.state_dict(), same.state_dict())
     assert reweighter.steps == STEPS // accumulate
-    assert reweighter.engine == same.engine == "finite"
+    assert reweighter.meta_updates > 0
+    assert len(reweighter.history) == (0 if short else 48)
+    assert reweighter.engine == same.engine in ("finite", "forward")
+
     mean = trained.evaluate()["eval_loss"]  # without gradients: the plain mean, and no step
     with torch.no_grad():
         texts = [Texts()[row] for row in range(48)]
         inputs = {name: torch.stack([text[name] for text in texts]) for name in ("input_ids", "attention_mask")}
         logits = trained.model.eval()(**inputs).logits
-    exact = nn.functional.cross_entropy(logits.float(), torch.tensor([text["labels"] for text in texts])) / accumulate
-    assert mean == pytest.approx(float(exact), rel=1e-2 if precision else 1e-5)
+    exact = nn.functional.cross_entropy(logits.float(), torch.tensor([text["labels"] for text in texts]))
+    assert mean * (accumulate if short else 1) == pytest.approx(float(exact), rel=1e-2 if precision else 1e-5)
     assert reweighter.steps == STEPS // accumulate
 
 
@@ -154,3 +175,25 @@ def test_resuming_is_never_having_stopped(tmp_path):
     assert_same(again.model.state_dict(), whole.model.state_dict())
     assert_same(resumed.state_dict(), reweighter.state_dict())
     assert resumed.steps == STEPS
+
+
+def test_what_a_tokenizer_and_its_collator_return():
+    """A ``BatchEncoding`` as inputs is a dict as inputs; unequal lengths in the buffer are refused with the remedy."""
+    found = []
+    for kind in (dict, transformers.BatchEncoding):
+        model = classifier()
+        reweighter = reweighting(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+        for rows in torch.arange(48).split(8):
+            texts = [Texts()[row] for row in rows.tolist()]
+            inputs = kind(
+                {name: torch.stack([text[name] for text in texts]) for name in ("input_ids", "attention_mask")}
+            )
+            labels = torch.tensor([text["labels"] for text in texts])
+            reweighter.step((inputs, labels, rows))
+        found.append((model.state_dict(), reweighter.state_dict()))
+    assert_same(found[0][0], found[1][0])
+    assert_same(found[0][1]["weighting"], found[1][1]["weighting"])
+    assert len(reweighter.validation) > 2
+    with pytest.raises(ValueError, match="pad"):
+        reweighter.step((kind({name: inputs[name][:, :9] for name in inputs}), labels, rows))
+    assert reweighter.steps == 6

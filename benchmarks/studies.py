@@ -1,0 +1,179 @@
+"""The studies: which settings, which methods, how many seeds, and what they are to show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from benchmarks.methods import DEFAULT, PLAIN, TRUSTED, Method
+from benchmarks.problems import Setting
+from benchmarks.report import winner
+from benchmarks.runs import Job
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a method is above another by so much.
+
+    Attributes:
+        text: in words.
+        settings: in which; () for all of the study's.
+        method, other: names; the other may be ``plain, tuned``.
+        least: by so much, in the measure's own unit (0.03 of accuracy are 3 points); negative for "not below by more".
+        measure: a column.
+        minus: the other's column, where that is another one.
+    """
+
+    text: str
+    settings: tuple[str, ...]
+    method: str
+    other: str
+    least: float = 0.0
+    measure: str = "accuracy"
+    minus: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A list of runs with one question.
+
+    Attributes:
+        name: on the command line.
+        question: what it asks.
+        settings, methods: every one with every other, but trusted validation only where there are trusted rows.
+        seeds: 0 to seeds − 1.
+        measures: columns of the tables; the first is drawn.
+        claims: what is to be shown.
+        grid: whether plain training is tuned.
+        thirds, find: see :class:`benchmarks.runs.Job`.
+        costly: settings with fewer seeds, and how many.
+        finding: what came out, in words.
+    """
+
+    name: str
+    question: str
+    settings: Sequence[Setting]
+    methods: Sequence[Method]
+    seeds: int = 5
+    measures: Sequence[str] = ("accuracy", "best_accuracy", "worst_class", "nll", "ece", "train_accuracy", "weight_sd")
+    claims: Sequence[Claim] = ()
+    grid: bool = True
+    thirds: bool = False
+    find: bool = False
+    costly: int = 3
+    finding: str = ""
+
+    @property
+    def tried(self) -> list[Method]:
+        """Plain training at each rate and weight decay that is tried."""
+        pairs = {pair: None for setting in self.settings for pair in grid_of(setting)} if self.grid else {}
+        return [tried(lr, decay) for lr, decay in pairs]
+
+    @property
+    def families(self) -> dict[str, str]:
+        """Family by method."""
+        return {method.name: method.family for method in (*self.tried, *self.methods) if method.family}
+
+    @property
+    def rows(self) -> list[str]:
+        """The names of methods as tables have them."""
+        names = [PLAIN.name, *(["plain, tuned"] if self.grid else [])]
+        names += [f"{method.family}, tuned" if method.family else method.name for method in self.methods]
+        return list(dict.fromkeys(names))
+
+    def seeds_of(self, setting: Setting, seeds: int | None) -> int:
+        """How many runs each method has in a setting."""
+        return seeds or (self.costly if setting.model != "mlp" else self.seeds)
+
+    def first(self, seeds: int | None) -> Iterator[Job]:
+        """All runs but those at the tuned rate and decay; seed by seed, so that a stop leaves paired runs."""
+        for setting, method, seed in self._each((PLAIN, *self.tried, *self.methods), seeds):
+            if not method.tuned and not (method.name in self.families and not self._in_grid(setting, method)):
+                yield self._job(setting, method, seed)
+
+    def second(self, seeds: int | None, frame: pd.DataFrame) -> Iterator[Job]:
+        """Those at the rate and decay that are best on the selection rows, once they are known."""
+        by_name = {method.name: method for method in self.tried}
+        for setting, method, seed in self._each(self.methods, seeds):
+            own = frame[(frame["setting"] == setting.name) & frame["method"].isin(by_name)]
+            if method.tuned and len(own):
+                training = {**by_name[winner(own)].training, **method.training}
+                yield self._job(setting, replace(method, training=training), seed)
+
+    def _job(self, setting: Setting, method: Method, seed: int) -> Job:
+        return Job(setting, method, seed, self.thirds, self.find)
+
+    def _in_grid(self, setting: Setting, method: Method) -> bool:
+        pairs = [tried(lr, decay).name for lr, decay in grid_of(setting)]
+        return method.family != "plain" or method.name in pairs
+
+    def _each(self, methods: Sequence[Method], seeds: int | None) -> Iterator[tuple[Setting, Method, int]]:
+        for seed in range(max(self.seeds_of(setting, seeds) for setting in self.settings)):
+            for setting in self.settings:
+                if seed < self.seeds_of(setting, seeds):
+                    for method in methods:
+                        if setting.trusted or not method.trusted:
+                            yield setting, method, seed
+
+
+def tried(lr: float, decay: float) -> Method:
+    """Plain training at a rate and weight decay."""
+    training = {"lr": lr, "weight_decay": decay}
+    return Method(f"plain, rate {lr:g}, decay {decay:g}", "plain", training=training, family="plain")
+
+
+def grid_of(setting: Setting) -> list[tuple[float, float]]:
+    """Rates and weight decays that plain training is tuned by."""
+    rates: tuple[float, ...] = (0.02, 0.05, 0.2)
+    decays: tuple[float, ...] = (1e-4, 1e-3, 5e-3)
+    if setting.model != "mlp":
+        rates, decays = (0.05, 0.2), (1e-4, 5e-4, 2e-3)
+    if setting.data.startswith("features"):
+        rates, decays = (0.002, 0.01, 0.05), (1e-4, 1e-3, 1e-2)
+    return [(lr, decay) for lr in rates for decay in decays]
+
+
+DIGITS = Setting("digits", data="digits", standardised=False, epochs=40, batch_size=50)
+MLP = Setting("MLP", side=14, standardised=False)
+CONV = Setting("conv net", data="cifar10", side=16, model="conv", augment="crops and flips")
+FEATURES = Setting("features", data="features:cifar10", rows=4_000, epochs=20, lr=0.01)
+
+TUNED = replace(DEFAULT, name="default, plain's rate and decay", tuned=True)
+TRUSTED_TUNED = replace(TRUSTED, name="default, trusted, plain's rate and decay", tuned=True)
+
+FREE = {"shrinkage": None}
+BY_HARDNESS = tuple(Method(name, arguments={"splitter": name, **FREE}) for name in ("easy", "random", "soft", "hard"))
+EASY, OF_RANDOM, SOFT, HARD = BY_HARDNESS
+WIDE = {"max_weight": 20.0, "weighting_lr": 1e-2}
+HARD_WIDE = HARD.but("hard, bound 20", **WIDE)
+SOFT_WIDE = SOFT.but("soft, bound 20", **WIDE)
+
+ONLINE = Method("evidence, every 5", trusted=True, arguments={"weighting": "online", "offset": 0.3, "decay": 0.8})
+ONLINE_AT_ONCE = ONLINE.but("evidence, every step", every=1)
+L2R = Method(
+    "Learning to Reweight",
+    trusted=True,
+    arguments={"weighting": "online", "offset": 0.0, "decay": 0.0, "order": "before", "every": 1, "warmup_steps": 0},
+)
+L2R_MEMORY = L2R.but("Learning to Reweight, decay 0.5", decay=0.5)
+META_WEIGHT_NET = Method(
+    "Meta-Weight-Net",
+    trusted=True,
+    arguments={
+        "weighting": "signals",
+        "signals": ("loss",),
+        "order": "before",
+        "every": 1,
+        "warmup_steps": 0,
+        "weighting_lr": 1e-3,
+        "shrinkage": None,
+        "max_weight": None,
+    },
+)
+
+
+def trusted_but(name: str, **arguments: object) -> Method:
+    """The default with trusted rows, but for some arguments."""
+    return TRUSTED.but(f"trusted, {name}", **arguments)

@@ -1,0 +1,50 @@
+"""Numbers about a run, for any logger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch_molere.reweighter import MetaReweighter
+
+
+@dataclass
+class Tally:
+    """What is said when a reweighter ends, and what its metrics show."""
+
+    steps: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    latest: tuple[Tensor, Tensor] | None = None
+
+
+def metrics_of(r: MetaReweighter) -> dict[str, float]:
+    """A flat dict: of the latest step, of the validation source, and of the meta-updates so far."""
+    found: dict[str, float] = {
+        "steps": float(r.steps),
+        "meta_updates": float(r.meta_updates),
+        "meta_seconds": r.tally.seconds,
+    }
+    if r.result is not None:
+        weights = r.result.weights[~r.result.held_out].float()
+        if len(weights):
+            found["weights/std"] = float(weights.std(correction=0))
+            found["weights/effective"] = float(
+                weights.sum() ** 2 / (weights.square().sum() * len(weights)).clamp_min(1e-12)
+            )
+            found["weights/zero"] = float((weights == 0).float().mean())
+            if r.max_weight is not None:
+                found["weights/at_bound"] = float((weights >= r.max_weight * (1 - 1e-6)).float().mean())
+        found["validation/sent"] = float(r.result.val_mask.float().mean())
+    if r.tally.latest is not None:
+        val_loss, gradient = r.tally.latest
+        found["validation/loss"] = float(val_loss)
+        found["meta_gradient/norm"] = float(gradient.norm())
+        spread = gradient.std(correction=0)
+        found["meta_gradient/signal_to_noise"] = float(gradient.mean().abs() / spread.clamp_min(1e-30))
+    if r.engines.found is not None:
+        found["check/error"] = r.engines.found.error
+    return found | {f"validation/{name}": value for name, value in r.validation.metrics().items()}

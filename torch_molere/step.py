@@ -1,0 +1,118 @@
+"""One step: plan, differentiate, commit. Nothing the reweighter owns changes until the optimizer has stepped.
+
+- :func:`plan_loss` is called by ``loss()``; in the "before" order it has the meta-update too.
+- :func:`~torch_molere.meta_update.differentiate` is called before the optimizer's step.
+- :func:`commit` is called after it, and is the only place where state changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from torch_molere.calls import device_of
+from torch_molere.distributed.collectives import (
+    averaged,
+    gathered,
+    ranks,
+)
+from torch_molere.hypergradients.functional import Call, gradients_apart
+from torch_molere.meta_update import MetaUpdate, meta_update_of
+from torch_molere.networks import apart, take_step
+from torch_molere.plan import Plan, make_plan, raw_weights, weighted_loss
+from torch_molere.weighting import normalised
+
+if TYPE_CHECKING:
+    from torch_molere.reweighter import MetaReweighter
+
+
+def plan_loss(
+    r: MetaReweighter, call: Call, select: Any, outputs: Any, targets: Any, indices: Any
+) -> tuple[Plan, Tensor]:
+    """The plan for one batch, and its weighted training loss."""
+    plan, loss, losses = make_plan(r, call, select, outputs, targets, indices)
+    if plan.replay is not None and r.order == "before":
+        loss = _before(r, plan, outputs, targets, losses)
+    return plan, loss
+
+
+def _before(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: Tensor) -> Tensor:
+    """The "before" order: a virtual step with the present φ, whose successor weighs this very batch."""
+    assert plan.replay is not None
+    owners = plan.replay.owners
+    loss = (plan.weights.to(losses.dtype) * losses).sum() / max(plan.share, 1.0 / ranks())
+    gradients = averaged(gradients_apart(plan.replay.modules, loss, owners), 1.0)
+    update = meta_update_of(r, [plan], gradients, None)
+    plan.update = update
+    if update is None or not update.plans:
+        return _loss_of(r, plan, outputs, targets, losses)
+    plan.update, weighting = _stepped(r, update)
+    rows = plan.sending.rows
+    memory = r.history.recall(rows, plan.samples.losses, plan.samples.margins, update.evidence[0][plan.own])
+    plan.samples = replace(
+        plan.samples, meta_gradients=memory.meta_gradients, has_meta_gradient=memory.has_meta_gradient
+    )
+    with apart(r.with_statistics, device_of(r.network), r.seed_of(len(r.pending))):
+        raw = raw_weights(weighting, plan.samples, graph=False)
+    everyone = gathered(raw, plan.together.sizes)[0]
+    if not bool(((everyone >= 0) & (everyone < math.inf)).all()):
+        raise ValueError("weighting must return finite weights ≥ 0, got negative, NaN or infinite ones")
+    plan.everyone = normalised(everyone, plan.training, r.max_weight)
+    loss = _loss_of(r, plan, outputs, targets, losses)
+    plan.loss = loss.detach().clone()
+    return loss
+
+
+def _loss_of(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: Tensor) -> Tensor:
+    """The weighted training loss of a plan, which is the plain one where all weights are one."""
+    equal = len(set(plan.together.sizes)) == 1 and bool((plan.everyone == 1).all())
+    return weighted_loss(r, outputs, targets, losses, plan.everyone, plan.own, plan.count, equal)[0]
+
+
+def _stepped(r: MetaReweighter, update: MetaUpdate) -> tuple[MetaUpdate, nn.Module]:
+    """φ after its step, as a copy: φ itself moves when the optimizer has stepped."""
+    if update.weighting_gradients is None or r.weighting_optimizer is None:
+        return update, r.weighting
+    weighting, optimizer = copy.deepcopy((r.weighting, r.weighting_optimizer))
+    take_step(weighting, optimizer, update.weighting_gradients)
+    return replace(update, weighting_state=(weighting.state_dict(), optimizer.state_dict())), weighting
+
+
+def commit(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) -> None:
+    """Take over what the step that was just taken has decided and learned."""
+    with record_function("torch_molere.commit"):
+        # First φ and Θ, whose optimizers may be the user's own, and fail.
+        for plan in plans:
+            for buffer, value in plan.statistics:
+                buffer.copy_(value)
+        if update is not None and r.weighting_optimizer is not None:
+            if update.weighting_state is not None:
+                state, optimizer_state = update.weighting_state
+                r.weighting.load_state_dict(state)
+                r.weighting_optimizer.load_state_dict(optimizer_state or {})
+            elif update.weighting_gradients is not None:
+                take_step(r.weighting, r.weighting_optimizer, update.weighting_gradients)
+        r.validation.commit(
+            [plan.sending for plan in plans],
+            None if update is None else update.drawn,
+            None if update is None else update.learned,
+        )
+        weighed = not r.warming_up
+        for plan in plans:
+            together = plan.together
+            sent = torch.tensor(together.sent).to(plan.everyone.device, non_blocking=True)
+            held = None if plan.training is None else ~plan.training
+            r.history.record(together.rows, together.samples, plan.everyone, held, sent, weighed, together.predictions)
+        if update is not None:
+            for plan, evidence in zip(update.plans, update.evidence, strict=True):
+                r.history.record_meta_gradients(plan.together.rows, evidence)
+            r.engines.commit(update.found)
+        elif r.meta_update_is_due:
+            r.engines.passed_over(any(plan.skipped for plan in plans))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import demo, pages
+from benchmarks import demo, pages, real
 from benchmarks.catalogue import STUDIES
 from benchmarks.provenance import provenance
 from benchmarks.runs import Job, Place, run_all
-from benchmarks.store import Store
+from benchmarks.store import Store, write
 from benchmarks.studies import PLAIN, Study
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
@@ -57,6 +58,21 @@ def _command(study: Study) -> Callable[..., None]:
         console.print(pages.section(study, store.folder), markup=False, soft_wrap=True)
 
     return command
+
+
+def at_real_scale(options: real.Options) -> None:
+    """One run of a large model on images from files; under `torchrun`, on several accelerators."""
+
+    def report(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    made = provenance("benchmarks", sys.argv[1:], real.device_of(options.device))
+    if (numbers := real.train(options, report)) is not None:
+        write(options.out / "result.json", json.dumps({"result": numbers, "made_by": made}, indent=1) + "\n")
+        report(str(options.out / "result.json"))
+
+
+app.command("real")(real.command(at_real_scale))
 
 
 @app.command()

@@ -5,27 +5,49 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.methods import DEFAULT, RANDOM, TRUSTED, Method, shuffled
-from benchmarks.studies import (
-    CONV,
-    EASY,
-    FEATURES,
-    HARD,
-    HARD_WIDE,
-    L2R,
-    L2R_MEMORY,
-    META_WEIGHT_NET,
-    MLP,
-    OF_RANDOM,
-    ONLINE,
-    ONLINE_AT_ONCE,
-    SOFT,
-    SOFT_WIDE,
-    TRUSTED_TUNED,
-    TUNED,
-    Claim,
-    Study,
-    trusted_but,
+from benchmarks.problems import Setting
+from benchmarks.studies import Claim, Study, above
+
+DIGITS = Setting("digits", data="digits", standardised=False, epochs=40, batch_size=50)
+MLP = Setting("MLP", side=14, standardised=False)
+CONV = Setting("conv net", data="cifar10", side=16, model="conv", augment="crops and flips")
+FEATURES = Setting("features", data="features:cifar10", rows=4_000, epochs=20, lr=0.01)
+
+TUNED = replace(DEFAULT, name="default, tuned", tuned=True)
+TRUSTED_TUNED = replace(TRUSTED, name="default, trusted, tuned", tuned=True)
+
+FREE = {"shrinkage": None}
+BY_HARDNESS = tuple(Method(name, arguments={"splitter": name, **FREE}) for name in ("easy", "random", "soft", "hard"))
+EASY, OF_RANDOM, SOFT, HARD = BY_HARDNESS
+WIDE = {"max_weight": 20.0, "weighting_lr": 1e-2}
+HARD_WIDE = HARD.but("hard, bound 20", **WIDE)
+SOFT_WIDE = SOFT.but("soft, bound 20", **WIDE)
+
+ONLINE = Method("evidence, every 5", trusted=True, arguments={"weighting": "online", "offset": 0.3, "decay": 0.8})
+ONLINE_AT_ONCE = ONLINE.but("evidence, every step", every=1)
+AS_PUBLISHED = {"order": "before", "every": 1, "warmup_steps": 0, "shrinkage": None, "max_weight": None}
+L2R = Method(
+    "Learning to Reweight",
+    trusted=True,
+    arguments={"weighting": "online", "offset": 0.0, "decay": 0.0, **AS_PUBLISHED},
 )
+L2R_MEMORY = L2R.but("Learning to Reweight, decay 0.5", decay=0.5)
+META_WEIGHT_NET = Method(
+    "Meta-Weight-Net",
+    trusted=True,
+    arguments={"weighting": "signals", "signals": ("loss",), "weighting_lr": 1e-3, **AS_PUBLISHED},
+)
+
+
+def trusted_but(name: str, **arguments: object) -> Method:
+    """The default with trusted rows, but for some arguments."""
+    return TRUSTED.but(f"trusted, {name}", **arguments)
+
+
+def untrusted(method: Method) -> Method:
+    """The method only where there are no trusted rows."""
+    return replace(method, untrusted=True)
+
 
 LEARNED = Method("learned", arguments={"splitter": "learned", "shrinkage": None})
 LEARNED_HELD = LEARNED.but("learned, held out", hold_out=True)
@@ -59,13 +81,14 @@ ORDER = Study(
     ),
     measures=("accuracy", "best_accuracy", "hard_third", "middle_third", "easy_third", "margin", "ece", "weight_sd"),
     thirds=True,
+    untuned=("MLP, decay 3e-3", "MLP, decay 1e-2", "MLP, rate 0.2"),
     claims=(
         Claim("random validation serves better than easy", (), "random", "easy"),
         Claim("hard validation serves better than random", (), "hard", "random"),
         Claim("hard validation is above plain training", (), "hard", "plain"),
         Claim("it is the weights: hard is above the same weights shuffled", (), "hard", "hard, shuffled"),
-        Claim("the default does no harm (not below plain by more than 0.3)", (), "default", "plain", -0.003),
-        Claim("nor below plain training, tuned", (), "default, plain's rate and decay", "plain, tuned", -0.003),
+        *above(DEFAULT, plain=-0.3),
+        *above(TUNED, tuned=-0.3),
     ),
 )
 
@@ -78,6 +101,9 @@ BY_LABEL = trusted_but(
     signals=("loss", "running_loss", "margin", "running_margin", "meta_gradient", "label"),
 )
 
+TAILS = ("MLP, tail 100", "MLP, tail 100, standardised", "conv net, tail 100")
+TRUSTED_TAILS = ("MLP, tail 100, 20 trusted a class", "conv net, tail 100, 20 trusted a class")
+
 RARE = Study(
     "rare",
     "Classes that are rare (a long tail, the test balanced) and groups that are (a mark that goes with the label, in "
@@ -85,22 +111,16 @@ RARE = Study(
     (
         replace(TAIL, name="MLP, tail 100"),
         replace(TAIL, name="MLP, tail 100, standardised", standardised=True),
-        replace(TAIL, name="MLP, tail 10", imbalance=10.0),
         replace(CONV_TAIL, name="conv net, tail 100"),
         replace(TAIL, name="MLP, tail 100, 20 trusted a class", trusted=200),
         replace(CONV_TAIL, name="conv net, tail 100, 20 trusted a class", trusted=200),
         replace(CUE, name="MLP, cue 98 %"),
-        replace(CUE, name="MLP, cue 95 %", cue=0.95),
         replace(CUE, name="MLP, cue 98 %, 500 trusted", trusted=500),
     ),
     (
         RANDOM,
-        SOFT,
-        HARD,
-        HARD_WIDE,
-        SOFT_WIDE,
+        *(untrusted(method) for method in (SOFT, HARD, HARD_WIDE, SOFT_WIDE, TUNED)),
         DEFAULT,
-        TUNED,
         TRUSTED,
         TRUSTED_TUNED,
         shuffled(TRUSTED),
@@ -111,45 +131,18 @@ RARE = Study(
     ),
     measures=("balanced", "worst_class", "worst_group", "best_accuracy", "nll", "train_accuracy", "weight_sd"),
     claims=(
-        Claim(
-            "long tail without trusted rows: ≥ +3 over plain, tuned",
-            ("MLP, tail 100", "MLP, tail 100, standardised", "conv net, tail 100"),
-            "default, plain's rate and decay",
-            "plain, tuned",
-            0.03,
-            "balanced",
-        ),
-        Claim(
-            "20 trusted a class: ≥ +2.5 over plain, tuned (MLP)",
-            ("MLP, tail 100, 20 trusted a class",),
-            "default, trusted, plain's rate and decay",
-            "plain, tuned",
-            0.025,
-            "balanced",
-        ),
-        Claim(
-            "20 trusted a class: ≥ +7 over plain, tuned (conv net)",
-            ("conv net, tail 100, 20 trusted a class",),
-            "default, trusted, plain's rate and decay",
-            "plain, tuned",
-            0.07,
-            "balanced",
-        ),
-        Claim(
-            "20 trusted a class: worst class ≥ +15",
-            ("MLP, tail 100, 20 trusted a class", "conv net, tail 100, 20 trusted a class"),
-            "default, trusted",
-            "plain",
-            0.15,
-            "worst_class",
-        ),
-        Claim("cue 98 %, 500 trusted: ≥ +4", ("MLP, cue 98 %, 500 trusted",), "default, trusted", "plain", 0.04),
-        Claim("cue 98 %, none trusted, hard, bound 20: ≥ +4", ("MLP, cue 98 %",), "hard, bound 20", "plain", 0.04),
+        *above(TUNED, *TAILS, measure="balanced", tuned=3),
+        *above(TRUSTED_TUNED, TRUSTED_TAILS[0], measure="balanced", tuned=2.5),
+        *above(TRUSTED_TUNED, TRUSTED_TAILS[1], measure="balanced", tuned=7),
+        *above(TRUSTED, *TRUSTED_TAILS, measure="worst_class", plain=15),
+        *above(TRUSTED, "MLP, cue 98 %, 500 trusted", plain=4),
+        *above(HARD_WIDE, "MLP, cue 98 %", plain=4),
     ),
 )
 
+EXPECTED_ERROR = OF_RANDOM.but("random, expected error", val_loss="expected error")
 NEXT = replace(MLP, labels="next:0.45")
-HUMAN = replace(CONV, augment="", labels="label_worst", rows=10_000)
+HUMAN = replace(CONV, augment="", labels="label_worst")
 
 WRONG = Study(
     "wrong",
@@ -161,18 +154,14 @@ WRONG = Study(
         replace(NEXT, name="MLP, 45 % to the next class"),
         replace(NEXT, name="MLP, 45 % to the next class, 100 trusted", trusted=100),
         replace(NEXT, name="MLP, 45 % to the next class, 500 trusted", trusted=500),
-        replace(NEXT, name="MLP, 20 % to the next class, 500 trusted", labels="next:0.2", trusted=500),
         replace(CONV, name="conv net, 40 % at random", labels="random:0.4"),
         replace(HUMAN, name="conv net, 40 % at random, 1,000 trusted", labels="random:0.4", trusted=1_000),
         replace(HUMAN, name="conv net, people's worst, 1,000 trusted", trusted=1_000),
     ),
     (
         RANDOM,
-        SOFT,
-        HARD,
-        OF_RANDOM.but("random, expected error", val_loss="expected error"),
+        *(untrusted(method) for method in (SOFT, HARD, EXPECTED_ERROR, TUNED)),
         DEFAULT,
-        TUNED,
         TRUSTED,
         TRUSTED_TUNED,
         shuffled(TRUSTED),
@@ -184,72 +173,11 @@ WRONG = Study(
         META_WEIGHT_NET,
     ),
     claims=(
-        Claim(
-            "45 % to one class, 500 trusted: ≥ +12 over plain",
-            ("MLP, 45 % to the next class, 500 trusted",),
-            "default, trusted",
-            "plain",
-            0.12,
-        ),
-        Claim(
-            "≥ +5 over plain at its best epoch",
-            ("MLP, 45 % to the next class, 500 trusted",),
-            "default, trusted",
-            "plain",
-            0.05,
-            minus="best_accuracy",
-        ),
-        Claim(
-            "≥ +8 over random weights",
-            ("MLP, 45 % to the next class, 500 trusted",),
-            "default, trusted",
-            "random weights",
-            0.08,
-        ),
-        Claim(
-            "≥ +8 over shuffled weights",
-            ("MLP, 45 % to the next class, 500 trusted",),
-            "default, trusted",
-            "default, trusted, shuffled",
-            0.08,
-        ),
-        Claim(
-            "above plain, tuned",
-            ("MLP, 45 % to the next class, 500 trusted", "MLP, 40 % at random, 500 trusted"),
-            "default, trusted, plain's rate and decay",
-            "plain, tuned",
-        ),
-        Claim(
-            "40 % at random, conv net that memorises, 1,000 trusted: ≥ +10 over plain",
-            ("conv net, 40 % at random, 1,000 trusted",),
-            "default, trusted",
-            "plain",
-            0.10,
-        ),
-        Claim(
-            "≥ +2 over its best epoch",
-            ("conv net, 40 % at random, 1,000 trusted",),
-            "default, trusted",
-            "plain",
-            0.02,
-            minus="best_accuracy",
-        ),
-        Claim("people's worst: ≥ +6", ("conv net, people's worst, 1,000 trusted",), "default, trusted", "plain", 0.06),
-        Claim(
-            "≥ +1 over its best epoch",
-            ("conv net, people's worst, 1,000 trusted",),
-            "default, trusted",
-            "plain",
-            0.01,
-            minus="best_accuracy",
-        ),
-        Claim(
-            "without trusted rows not below plain by more than 0.3",
-            ("MLP, 40 % at random", "MLP, 45 % to the next class", "conv net, 40 % at random"),
-            "default",
-            "plain",
-            -0.003,
-        ),
+        *above(TRUSTED, "MLP, 45 % to the next class, 500 trusted", plain=12, best=5, random=8, shuffled=8),
+        *above(TRUSTED_TUNED, "MLP, 45 % to the next class, 500 trusted", "MLP, 40 % at random, 500 trusted", tuned=0),
+        *above(TRUSTED, "conv net, 40 % at random, 1,000 trusted", plain=10, best=2),
+        *above(TRUSTED, "conv net, people's worst, 1,000 trusted", plain=6, best=1),
+        *above(DEFAULT, "MLP, 40 % at random", "MLP, 45 % to the next class", "conv net, 40 % at random", plain=-0.3),
     ),
 )
 
@@ -265,26 +193,22 @@ FINETUNE = Study(
         replace(FEATURES, name="people's worst, 500 trusted", labels="label_worst", trusted=500),
         replace(FEATURES, name="people's worst", labels="label_worst"),
     ),
-    (RANDOM, SOFT, HARD, DEFAULT, TUNED, TRUSTED, TRUSTED_TUNED, ONLINE, ONLINE_AT_ONCE, L2R, L2R_MEMORY),
+    (
+        RANDOM,
+        *(untrusted(method) for method in (SOFT, HARD, TUNED)),
+        DEFAULT,
+        TRUSTED,
+        TRUSTED_TUNED,
+        ONLINE,
+        ONLINE_AT_ONCE,
+        L2R,
+        L2R_MEMORY,
+    ),
     claims=(
-        Claim("clean: not below plain by more than 0.3", ("clean",), "default", "plain", -0.003),
-        Claim(
-            "45 % to one class: ≥ +12 over plain",
-            ("45 % to the next class, 500 trusted",),
-            "default, trusted",
-            "plain",
-            0.12,
-        ),
-        Claim("people's worst: ≥ +5", ("people's worst, 500 trusted",), "default, trusted", "plain", 0.05),
-        Claim(
-            "not below plain's best epoch by more than 2",
-            ("45 % to the next class, 500 trusted", "people's worst, 500 trusted"),
-            "default, trusted",
-            "plain",
-            -0.02,
-            minus="best_accuracy",
-        ),
-        Claim("tail, 20 a class: ≥ +2.5", ("tail 100, 20 trusted a class",), "default, trusted", "plain", 0.025),
+        *above(DEFAULT, "clean", plain=-0.3),
+        *above(TRUSTED, "45 % to the next class, 500 trusted", plain=12, best=-2),
+        *above(TRUSTED, "people's worst, 500 trusted", plain=5, best=-2),
+        *above(TRUSTED, "tail 100, 20 trusted a class", plain=2.5),
     ),
 )
 
@@ -317,7 +241,7 @@ REPRODUCE = Study(
         TRUSTED,
     ),
     grid=False,
-    claims=(Claim("≥ 40 over plain (50 %)", (), "Learning to Reweight", "plain, twice the steps", 0.4),),
+    claims=(Claim("Learning to Reweight: ≥ 40 over plain", (), L2R.name, "plain, twice the steps", 0.4),),
 )
 
 PEERS = tuple(
@@ -378,4 +302,34 @@ SHIFT = Study(
     ),
 )
 
-STUDIES = {study.name: study for study in (ORDER, RARE, WRONG, FINETUNE, REPRODUCE, AGAINST_PEERS, FIND, SHIFT)}
+CHOOSE = Study(
+    "choose",
+    "Which shrinkage λ, bound and rate of φ should be the defaults? By the selection rows, which are held out of the "
+    "training rows; the test set says nothing here.",
+    (
+        replace(MLP, name="clean"),
+        replace(MLP, name="40 % at random", labels="random:0.4"),
+        replace(TAIL, name="tail 100"),
+        replace(TAIL, name="tail 100, 20 trusted a class", trusted=200),
+        replace(NEXT, name="45 % to the next class, 500 trusted", trusted=500),
+    ),
+    tuple(
+        method.but(f"{method.name}, {name}", **arguments)
+        for method in (untrusted(DEFAULT), TRUSTED)
+        for name, arguments in (
+            ("λ 0", {"shrinkage": None}),
+            ("λ 0.1", {"shrinkage": 0.1}),
+            ("λ 0.3", {"shrinkage": 0.3}),
+            ("λ 1", {"shrinkage": 1.0}),
+            ("λ 2", {"shrinkage": 2.0}),
+            ("bound 20", {"max_weight": 20.0}),
+            ("rate 1e-3", {"weighting_lr": 1e-3}),
+            ("rate 1e-2", {"weighting_lr": 1e-2}),
+        )
+    ),
+    seeds=3,
+    measures=("selection", "weight_sd"),
+    grid=False,
+)
+
+STUDIES = {study.name: study for study in (ORDER, RARE, WRONG, FINETUNE, REPRODUCE, AGAINST_PEERS, FIND, SHIFT, CHOOSE)}

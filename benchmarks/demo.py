@@ -11,10 +11,11 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import report
+from benchmarks.catalogue import DIGITS
 from benchmarks.methods import DEFAULT, PLAIN, RANDOM, TRUSTED
 from benchmarks.report import difference, forest, interval, save
 from benchmarks.store import Store
-from benchmarks.studies import DIGITS, Study
+from benchmarks.studies import Study
 
 STUDY = Study(
     "main",
@@ -97,7 +98,7 @@ def draw(frame: pd.DataFrame, path: Path) -> Path:
                 axes.text(0, len(names) - 1, " no trusted rows here", color="#AAAAAA", va="center", fontsize=8)
         figure.suptitle("What reweighting adds to plain training: points of test accuracy", x=0.01, ha="left")
         figure.supxlabel(
-            "mean over seeds with its 95 % interval, and each seed (small); right of the line is better", fontsize=9
+            "mean over seeds with its 95 % interval, and each seed (small); to the right is better", fontsize=9
         )
         save(figure, path)
     return path

@@ -39,6 +39,7 @@ class Method:
         training: replaces attributes of the setting, such as ``{"lr": 0.02}``.
         arguments: of :func:`reweighter`; empty for the library's defaults.
         trusted: only where there are trusted rows, which are then the validation set.
+        untrusted: only where there are none.
         tuned: at the rate and weight decay that served plain training best on the selection rows.
         family: of several methods of one family the one that is best on the selection rows stands in tables.
     """
@@ -49,6 +50,7 @@ class Method:
     training: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     trusted: bool = False
+    untrusted: bool = False
     tuned: bool = False
     family: str = ""
 

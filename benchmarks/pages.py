@@ -119,7 +119,8 @@ rows, so that intervals (95 %, Student's t) cover the choice of data. Difference
 interval leaves zero out. Trusted rows are trained on by every method. "plain, tuned" is plain training at the rate and
 weight decay that is best on 2,000 rows set apart from the training file, whose labels are clean, which favours it; "at
 its best epoch" is a column and no competitor. Nothing is chosen by the test set. "shuffled" deals a method's learned
-weights out to other instances of the same batch. "default" is the library as it comes.
+weights out to other instances of the same batch. "default" is the library as it comes, "default, tuned" the same at the
+rate and decay of "plain, tuned".
 
 """
 

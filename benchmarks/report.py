@@ -45,6 +45,7 @@ NAMES = {
     "balanced": "balanced accuracy, %",
     "worst_class": "worst class, %",
     "worst_group": "worst group, %",
+    "selection": "selection rows, %",
     "best_accuracy": "at its best epoch, %",
     "hard_third": "hard third, %",
     "middle_third": "middle third, %",

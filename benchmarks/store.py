@@ -76,7 +76,9 @@ class Store:
 
     def frame(self) -> pd.DataFrame:
         """One row for each finished run."""
-        return pd.read_csv(self.table) if self.table.exists() else pd.DataFrame(columns=KEY)
+        if not self.table.exists():
+            return pd.DataFrame(columns=KEY)
+        return pd.read_csv(self.table).drop_duplicates(KEY, keep="last", ignore_index=True)
 
     def finished(self) -> set[tuple[str, str, int]]:
         """The (setting, method, seed) that need no run any more."""

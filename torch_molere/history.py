@@ -340,8 +340,8 @@ class SampleHistory:
         missing = rows + 1 - len(self._sums)
         if missing > 0:
             more = max(missing, len(self._sums))
-            self._sums = torch.cat([self._sums, self._sums.new_zeros(more, len(_SUMS))])
-            self._running = torch.cat([self._running, _BLANK.to(self._running).expand(more, -1)])
+            running = torch.cat([self._running, _BLANK.to(self._running).expand(more, -1)])
+            self._sums, self._running = torch.cat([self._sums, self._sums.new_zeros(more, len(_SUMS))]), running
 
     def _in_turn(self, rows: list[int], values: Tensor) -> list[tuple[list[int], Tensor]]:
         """Rows and their values, in parts within which no row comes twice: first encounters, then second ones, and so

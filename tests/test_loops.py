@@ -201,5 +201,7 @@ def test_nothing_grows_with_the_number_of_steps(order):
             reweighter.loss(model(steps[0][0]), steps[0][1])
         reweighter.step(steps[number % 3])
     later = counted()
-    assert (later[0], later[2]) == (tensors, hooks)
+    assert later[2] == hooks
+    # Among the tensors that other tests of this process have left, a few may come or go; one a step would be 90.
+    assert later[0] - tensors <= 20
     assert later[1] <= objects + 50

@@ -76,6 +76,18 @@ def data(seed=0, size=SIZE, width=5, classes=3):
     return torch.randn(size, width, generator=generator).double(), torch.randint(classes, (size,), generator=generator)
 
 
+class NoForwardRule(torch.autograd.Function):
+    """x itself, without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 def net(*layers, seed=0, width=5, classes=3, hidden=7):
     """A smooth small classifier with ``layers`` in its middle."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Given, World, data, deviation, net, plain_loop, reweighter_of, world_of
+from oracle import Given, NoForwardRule, World, data, deviation, net, plain_loop, reweighter_of, world_of
 from torch import nn
 
 from torch_molere import MetaReweighter, ValidationBuffer
@@ -94,16 +94,6 @@ class Keeping(nn.Module):
         self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
         outputs = self.outer(h)
         return outputs if self.forward_rule else NoForwardRule.apply(outputs)
-
-
-class NoForwardRule(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
 
 
 @pytest.mark.parametrize("succeeds", [True, False])

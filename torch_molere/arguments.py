@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from torch_molere.hypergradients.update import parameters_of
+
 
 def parts_of(batch: Any) -> tuple[Any, Any, Any]:
     """Inputs, targets and indices of a batch; None where it has no indices."""
@@ -38,7 +40,7 @@ def check_model(model: Any, weighting: Any) -> None:
 
 def check_apart(optimizers: Sequence[Optimizer]) -> None:
     """Refuse parameters that several optimizers hold."""
-    held = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
+    held = [set(parameters_of(optimizer)) for optimizer in optimizers]
     if sum(map(len, held)) > len(set().union(*held)):
         raise ValueError("several optimizers hold the same parameters; each parameter must be in exactly one of them")
 
@@ -47,6 +49,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}")
+def check_count(name: str, value: Any, least: int) -> int:
+    """``value``, an integer that is at least ``least``; else a ValueError that names it."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r:.60}")
+    return value

@@ -29,10 +29,11 @@ def dry_run(r: MetaReweighter, inputs: Any, targets: Any, indices: Any) -> str:
     """A few lines on what will be used; raises what the first meta-update would raise."""
     model, device = r.model, device_of(r.model)
     state = ModuleState((model, *r.criterion_of_training.modules), values=True)
-    engines, result = copy.copy(r.engines), r.result
+    engines, result = r.engines, r.result
     positional, named = arguments_of(inputs)
     with preserved_randomness(device), r.checking():
         try:
+            r.engines = copy.copy(engines)
             started = time.perf_counter()
             with torch.enable_grad():
                 outputs = model(*positional, **named)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from inspect import unwrap
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_molere.distributed import fsdp
 from torch_molere.hypergradients.functional import Call, apart
-from torch_molere.hypergradients.update import overflowed, refuse_sparse
+from torch_molere.hypergradients.update import overflowed, parameters_of, refuse_sparse
 
 if TYPE_CHECKING:
     from torch_molere.meta_update import MetaUpdate
@@ -187,7 +183,7 @@ class Attachment:
         return bool(self.active) and any(p.grad is not None and bool(p.grad.any()) for p in self._parameters())
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for optimizer in self._optimizers for parameter in _parameters_of(optimizer)]
+        return parameters_of(*self._optimizers)
 
     # Step: differentiate before it, commit after it.
 
@@ -207,7 +203,7 @@ class Attachment:
         plans, raw = self.active, self._raw
         if plans and self._first:
             self._first = False
-            refuse_sparse(p.grad for p in _parameters_of(optimizer))
+            refuse_sparse(p.grad for p in parameters_of(optimizer))
         if plans and self._awaited:
             self._awaited = {}
             owner.say_once(
@@ -229,7 +225,7 @@ class Attachment:
             self._stepping = optimizer, plans, update
             if update is not None:
                 others = [other for other in self._optimizers if other is not optimizer]
-                self._awaited = {other: _copies(_parameters_of(other)) for other in others}
+                self._awaited = {other: _copies(parameters_of(other)) for other in others}
         return arguments
 
     def _after_step(self, optimizer: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -247,31 +243,6 @@ class Attachment:
         self.active, self._raw, self._stepping, self._listening = [], None, None, []
         if calls:
             self.calls, self._open = [], []
-
-
-# What the signal module wraps into enumerations, at ten times the cost.
-_handler, _set_handler, _SIGINT = unwrap(signal.getsignal), unwrap(signal.signal), int(signal.SIGINT)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is over."""
-    handler = _handler(_SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[Any] = []
-    _set_handler(_SIGINT, lambda *arguments: waiting.append(arguments))
-    try:
-        yield
-    finally:
-        _set_handler(_SIGINT, handler)
-    if waiting:
-        handler(*waiting[0])
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _versions(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None, int]]:

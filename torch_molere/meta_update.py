@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,25 +13,17 @@ from torch.profiler import record_function
 
 from torch_molere.calls import device_of
 from torch_molere.distributed import fsdp
-from torch_molere.distributed.collectives import (
-    anywhere,
-    gathered,
-    ranks,
-    summed_gradients,
-)
+from torch_molere.distributed.collectives import anywhere, gathered, ranks, summed_gradients
 from torch_molere.hypergradients.check import ROUNDED, Found, agreement, derivative, examine_sharded, refusal
 from torch_molere.hypergradients.meta_gradient import Validated, meta_gradient, validate
-from torch_molere.hypergradients.update import unscaled
-from torch_molere.networks import apart
-from torch_molere.plan import Plan, places_of
-from torch_molere.samples import Samples
+from torch_molere.hypergradients.update import parameters_of, unscaled
+from torch_molere.networks import learning_parameters, networks_apart
+from torch_molere.plan import Plan, places_of, samples_of
 from torch_molere.validation.source import Drawn
 from torch_molere.weighting import standardised
 
 if TYPE_CHECKING:
     from torch_molere.reweighter import MetaReweighter
-
-logger = logging.getLogger("torch_molere")
 
 SAME_FACTOR = 1e-3
 """How far the factors that a gradient was multiplied with may differ within a parameter, relative."""
@@ -58,7 +49,6 @@ class MetaUpdate:
         drawn: the validation batch.
         learned: what the validation source learned.
         found: the engine that was used.
-        signal_to_noise: |mean| over standard deviation of the meta-gradient.
     """
 
     val_loss: Tensor
@@ -107,7 +97,7 @@ def differentiate(
                     "were written to): the meta-gradient would be taken at the wrong place. Give all optimizers of the "
                     "model to one MetaReweighter(model, [first, second]); for SAM see the documentation"
                 )
-        left, seen = _left(owners, raw), r.seen_gradients(owners)
+        left, seen = _left(owners, raw), _seen(r.optimizers, owners)
         factors = _factors(owners, left, seen)
         return meta_update_of(r, due, seen, factors, left)
 
@@ -121,7 +111,7 @@ def _check_seen(r: MetaReweighter, plan: Plan, raw: list[tuple[Tensor, Tensor | 
     """Refuse gradients that are not those of the loss, which the "before" order has looked ahead with."""
     assert plan.replay is not None
     owners = plan.replay.owners
-    left, seen = _left(owners, raw), r.seen_gradients(owners)
+    left, seen = _left(owners, raw), _seen(r.optimizers, owners)
     factors = _factors(owners, left, seen) or [1.0] * len(owners)
     for before, after, factor in zip(left, seen, factors, strict=True):
         if before is None:
@@ -133,14 +123,9 @@ def _check_seen(r: MetaReweighter, plan: Plan, raw: list[tuple[Tensor, Tensor | 
             )
 
 
-def seen_by(optimizers: Sequence[Optimizer], owners: Sequence[Tensor]) -> list[Tensor | None]:
+def _seen(optimizers: Sequence[Optimizer], owners: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients that the optimizers will use, one for each owner."""
-    holder = {
-        id(parameter): optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    holder = {id(parameter): optimizer for optimizer in optimizers for parameter in parameters_of(optimizer)}
     return [unscaled(holder[id(owner)], [owner.grad])[0] for owner in owners]
 
 
@@ -356,8 +341,9 @@ def _learned(
             )
             signals.append(pulled / max(plan.count, 1))
     gradients = _weighting_gradients(r, plans, signals)
-    with apart(r.with_statistics, device_of(r.network), r.seed_of(1001)):
-        learned = r.validation.differentiate(_validation_samples(r, validated, drawn), plans[0].samples, drawn)
+    with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(1001)):
+        held = samples_of(r, drawn.arguments, validated.outputs, drawn.targets, validated.losses)
+        learned = r.validation.differentiate(held, plans[0].samples, drawn)
     numbers = [validated.mean, *(d.sum() for d in derivatives)]
     numbers += [fsdp.full(g.coalesce().values() if g.is_sparse else g).sum() for g in gradients or () if g is not None]
     own = [derivative[plan.own] for derivative, plan in zip(derivatives, plans, strict=True)]
@@ -375,7 +361,7 @@ def _spread_over(plan: Plan, side: Tensor, like: Tensor) -> Tensor:
 
 def _weighting_gradients(r: MetaReweighter, plans: list[Plan], signals: list[Tensor]) -> list[Tensor | None] | None:
     """∂/∂φ through the weights, their normalisation included, summed over plans and ranks."""
-    parameters = [p for p in r.weighting.parameters() if p.requires_grad]
+    parameters = learning_parameters(r.weighting)
     if not parameters or r.weighting_optimizer is None:
         return None
     total: list[Tensor | None] = [None] * len(parameters)
@@ -389,10 +375,3 @@ def _weighting_gradients(r: MetaReweighter, plans: list[Plan], signals: list[Ten
             old if new is None else new if old is None else old + new for old, new in zip(total, found, strict=True)
         ]
     return summed_gradients(total)
-
-
-def _validation_samples(r: MetaReweighter, validated: Validated, drawn: Drawn) -> Samples:
-    losses = validated.losses
-    correct, classes, margins = r.criterion_of_training.describe(validated.outputs, drawn.targets, losses, r.correct_fn)
-    memory = r.history.recall(None, losses, margins)
-    return Samples(drawn.arguments, drawn.targets, validated.outputs, losses, correct, classes, margins, *memory)

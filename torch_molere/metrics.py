@@ -16,7 +16,6 @@ class Tally:
     """What is said when a reweighter ends, and what its metrics show."""
 
     steps: int = 0
-    updates: int = 0
     seconds: float = 0.0
     latest: tuple[Tensor, Tensor] | None = None
 

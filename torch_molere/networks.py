@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_molere.hooks import uninterrupted
 from torch_molere.hypergradients.functional import own_stream
+from torch_molere.interrupts import uninterrupted
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -97,7 +97,9 @@ def with_statistics(networks: Sequence[nn.Module | None]) -> list[nn.Module]:
 
 
 @contextmanager
-def apart(writing: Sequence[nn.Module], device: torch.device, seed: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def networks_apart(
+    writing: Sequence[nn.Module], device: torch.device, seed: int
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """φ and Θ run inside from a random stream of their own, without autocast, and leave no trace.
 
     Args:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from torch_molere.calls import detached, device_of
+from torch_molere.calls import Arguments, detached, device_of
 from torch_molere.distributed import fsdp
-from torch_molere.distributed.collectives import (
-    own_slice,
-    ranks,
-)
+from torch_molere.distributed.collectives import own_slice, ranks
 from torch_molere.history import indices_of
 from torch_molere.hypergradients.check import Found, LostInRoundingError, examine, visible
 from torch_molere.hypergradients.engines import OwnGraph
 from torch_molere.hypergradients.functional import Autocast, Call, Replay, reached_leaves, user_hooks
-from torch_molere.networks import apart
+from torch_molere.hypergradients.update import parameters_of
+from torch_molere.networks import networks_apart
 from torch_molere.samples import Samples
 from torch_molere.validation.source import Sending, held_out
 from torch_molere.weighting import normalised
@@ -97,6 +96,11 @@ class Plan:
     skipped: bool = False
     statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    @cached_property
+    def sent(self) -> Tensor:
+        """``(N,)`` bool, the instances of all ranks that are sent to validation."""
+        return torch.tensor(self.together.sent).to(self.everyone.device, non_blocking=True)
+
     @property
     def weights(self) -> Tensor:
         """``(B,)`` w̄ of this rank's instances."""
@@ -125,11 +129,12 @@ def make_plan(
         if size == 0:
             raise ValueError("batch must have at least one instance, got none")
         rows = None if indices is None else indices_of(indices, size)
-        samples, row_list = _samples(r, call, outputs, targets, losses.detach(), rows)
+        row_list = None if rows is None else rows.tolist()
+        samples = samples_of(r, call.arguments, outputs, targets, losses.detach(), rows, row_list)
         warming_up = r.warming_up and not check
         meta = call.repeatable and (check or (r.meta_update_is_due and not warming_up and not r.engines.resting))
         number = len(r.pending)
-        with apart(r.with_statistics, device_of(r.network), r.seed_of(number)) as statistics:
+        with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(number)) as statistics:
             with torch.no_grad():
                 p = r.validation.probabilities(samples, warming_up)
             raw = raw_weights(r.weighting, samples, meta) if not warming_up else torch.ones_like(samples.losses)
@@ -146,17 +151,20 @@ def make_plan(
         return plan, loss, losses
 
 
-def _samples(
-    r: MetaReweighter, call: Call, outputs: Any, targets: Any, losses: Tensor, rows: Tensor | None
-) -> tuple[Samples, list[int] | None]:
+def samples_of(
+    r: MetaReweighter,
+    arguments: Arguments,
+    outputs: Any,
+    targets: Any,
+    losses: Tensor,
+    rows: Tensor | None = None,
+    row_list: list[int] | None = None,
+) -> Samples:
+    """What is known of a batch, with what is remembered of its rows."""
     correct, classes, margins = r.criterion_of_training.describe(outputs, targets, losses, r.correct_fn)
-    row_list = None if rows is None else rows.tolist()
     memory = r.history.recall(row_list, losses, margins)
     on_device = None if rows is None else rows.to(losses.device, non_blocking=True)
-    return (
-        Samples(call.arguments, targets, detached(outputs), losses, correct, classes, margins, *memory, on_device),
-        row_list,
-    )
+    return Samples(arguments, targets, detached(outputs), losses, correct, classes, margins, *memory, on_device)
 
 
 def raw_weights(weighting: nn.Module, samples: Samples, graph: bool) -> Tensor:
@@ -180,12 +188,11 @@ def _split(
         rank's held-out instances, and whether the loss is the plain one.
     """
     columns = [samples.losses, raw.detach().to(samples.losses.dtype)]
-    balanced = samples.classes is not None and getattr(r.validation, "balances_labels", False)
-    columns += [] if p is None else [p.to(samples.losses.dtype)]
-    columns += [samples.classes.to(samples.losses.dtype)] if balanced and samples.classes is not None else []
+    labels = samples.classes if r.validation.balances_labels else None
+    columns += [column.to(samples.losses.dtype) for column in (p, labels) if column is not None]
     losses, weights, *rest = torch.stack(columns).tolist()  # the one reading of the device
     probabilities = rest[0] if p is not None else None
-    classes = [int(label) for label in rest[-1]] if balanced else None
+    classes = None if labels is None else [int(label) for label in rest[-1]]
     size = len(losses)
     flags = [False] * size
     sent: list[int] = []
@@ -198,7 +205,7 @@ def _split(
     else:
         everyone, together, losses, weights = _exchange(r, samples, raw, rows, flags)
         own = own_slice(together.sizes)
-    _check_numbers(losses, weights, together.sizes)
+    check_numbers(losses, weights, together.sizes)
     # The mean over the ranks of their means is that of all where they have equally many.
     equal = weights[0] > 0 and all(weight == weights[0] for weight in weights) and len(set(together.sizes)) == 1
     pairs = [] if together.rows is None else list(zip(together.rows, together.sent, strict=True))
@@ -285,11 +292,6 @@ def _exchange(
     return everyone, together, losses_read, weights_read
 
 
-def val_mask_of(plan: Plan) -> Tensor:
-    """``(B,)`` bool, the instances sent to validation."""
-    return torch.tensor(plan.together.sent[plan.own]).to(plan.held_out.device, non_blocking=True)
-
-
 def weighted_loss(
     r: MetaReweighter,
     outputs: Any,
@@ -307,7 +309,7 @@ def weighted_loss(
     return (own_weights * losses).sum() / (max(count, 1) / ranks()), own_weights
 
 
-def _check_numbers(losses: list[float], weights: list[float], sizes: list[int]) -> None:
+def check_numbers(losses: list[float], weights: list[float], sizes: list[int]) -> None:
     """Refuse losses that nothing can be made of and weights that are none, in every rank alike."""
     wrong = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
     if wrong:
@@ -339,7 +341,8 @@ def _find_engine(r: MetaReweighter, plan: Plan, losses: Tensor, weights: Tensor)
     assert plan.replay is not None
     values = [owner.detach() for owner in plan.replay.owners]
     key = visible(r.model, plan.replay)
-    if r.engines.due(key) or r.engines.found is None:
+    known = None if r.engines.due(key) else r.engines.found
+    if known is None:
         if fsdp.any_sharded(values):  # checked against the gradients that backward leaves
             plan.found = Found("finite", 0.0, False, True, key)
             return
@@ -358,22 +361,17 @@ def _find_engine(r: MetaReweighter, plan: Plan, losses: Tensor, weights: Tensor)
                 plan.replay, plan.skipped = None, True
                 return
     else:
-        plan.found = r.engines.found
-        if plan.found.engine == "reverse":
-            plan.found = replace(plan.found, own=OwnGraph(losses, plan.replay.owners, plan.replay.modules))
+        plan.found = known
+        if known.engine == "reverse":
+            plan.found = replace(known, own=OwnGraph(losses, plan.replay.owners, plan.replay.modules))
     plan.replay = replace(plan.replay, observers=plan.found.observers)
 
 
 def _check_owners(r: MetaReweighter, losses: Tensor) -> None:
     """Refuse parameters that the optimizer moves and a replay cannot."""
-    known = {id(owner) for owner in r.owners()}
-    strangers = [
-        parameter
-        for optimizer in r.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad and id(parameter) not in known
-    ]
+    owners, held = r.owners(), parameters_of(*r.optimizers)
+    known = {id(owner) for owner in owners}
+    strangers = [parameter for parameter in held if parameter.requires_grad and id(parameter) not in known]
     reached = reached_leaves(losses)
     shapes = [tuple(parameter.shape) for parameter in strangers if id(parameter) in reached]
     if shapes:
@@ -382,14 +380,14 @@ def _check_owners(r: MetaReweighter, losses: Tensor) -> None:
             f"model or loss_fn (of shapes {shapes[:5]}): the look-ahead cannot move them. Make them attributes of a "
             "module in model (nn.ParameterList instead of a list), or pass the module that has them as loss_fn"
         )
-    if any(user_hooks(owner) for owner in r.owners()):
+    if any(user_hooks(owner) for owner in owners):
         raise RuntimeError(
             "parameters have post-accumulate-grad hooks, which may change .grad inside backward(), where the "
             "meta-gradient cannot see it; change gradients between backward() and the step, or by "
             "parameter.register_hook"
         )
-    held = {id(p) for optimizer in r.optimizers for group in optimizer.param_groups for p in group["params"]}
-    unheld = [name for name, p in r.network.named_parameters() if id(p) in reached and id(p) not in held]
+    held_ids = {id(parameter) for parameter in held}
+    unheld = [name for name, p in r.network.named_parameters() if id(p) in reached and id(p) not in held_ids]
     if unheld:
         r.say_once(
             "unheld",

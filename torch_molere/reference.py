@@ -1,8 +1,7 @@
 """MOLERE in plain loops, with ``higher``: what :class:`MetaReweighter` computes, at a tenth of its length.
 
 Read it as the tutorial; the tests hold ``step`` to it. Everything is by hand and slow: full second-order graphs, one
-rank, no mixed precision, no checks. Equation numbers are those of DESIGN's section "The update, exactly" in the
-documentation: θ is the classifier, φ the weighting.
+rank, no mixed precision, no checks. θ is the classifier, φ the weighting.
 """
 
 from __future__ import annotations

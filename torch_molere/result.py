@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_molere.meta_update import MetaUpdate
-from torch_molere.plan import Plan, val_mask_of
+from torch_molere.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def result_of(plans: Sequence[Plan], update: MetaUpdate | None) -> StepResult:
         outputs[0] if len(outputs) == 1 else torch.cat(outputs) if alike else outputs,
         torch.cat([plan.weights for plan in plans]),
         torch.cat([plan.held_out for plan in plans]),
-        torch.cat([val_mask_of(plan) for plan in plans]),
+        torch.cat([plan.sent[plan.own] for plan in plans]),
         None if update is None else update.val_loss,
         None if update is None else torch.cat(update.meta_gradients),
     )

@@ -23,13 +23,14 @@ from torch_molere.criterion import Criterion
 from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import Gather, broadcast, rank
 from torch_molere.history import SampleHistory
-from torch_molere.hooks import Attachment, uninterrupted, unwrapped
+from torch_molere.hooks import Attachment, unwrapped
 from torch_molere.hypergradients import Engine, trained_parameters
 from torch_molere.hypergradients.check import EngineChoice
 from torch_molere.hypergradients.functional import Call, preserved_randomness
 from torch_molere.hypergradients.update import check_differentiable, differentiable_optimizer, maximizes
+from torch_molere.interrupts import uninterrupted
 from torch_molere.losses import CorrectFn, LossFn, PerSampleLoss
-from torch_molere.meta_update import ONE_LOSS, MetaUpdate, differentiate, seen_by
+from torch_molere.meta_update import ONE_LOSS, MetaUpdate, differentiate
 from torch_molere.metrics import Tally, metrics_of
 from torch_molere.networks import OptimizerFactory, optimizer_of, with_statistics
 from torch_molere.plan import Plan
@@ -68,7 +69,7 @@ class MetaReweighter:
     Args:
         model: the classifier θ, any ``nn.Module``; as your loop calls it (wrapped by DDP or compiled, if it is).
         optimizer: of torch.optim, with a ``differentiable`` option (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad,
-            Adadelta, Adamax, ASGD, Rprop), that holds the model's parameters; or a list of several that share them.
+            Adadelta, Adamax, ASGD), that holds the model's parameters; or a list of several that share them.
         loss_fn: a function ``(outputs, targets) -> (B,)``, or any ``torch.nn`` loss as it is, such as
             ``nn.CrossEntropyLoss(label_smoothing=0.1)``; default cross-entropy.
         val_loss_fn: what φ is to make small on the validation set; default ``loss_fn``. With wrong labels in the
@@ -212,7 +213,7 @@ class MetaReweighter:
         modules = (self.network, *self.criterion_of_training.modules)
         self._attachment = Attachment(self, model, modules, device, self.optimizers)
         # Hooks hold this object weakly: one that is closed or let go of leaves nothing behind.
-        self._detach = weakref.finalize(self, _end, self._attachment.handles, self.tally)
+        self._detach = weakref.finalize(self, _end, self._attachment.handles, self.tally, self.engines)
 
     @classmethod
     def as_in_paper(
@@ -387,7 +388,6 @@ class MetaReweighter:
                 does not fit; names what differs. Nothing has changed then.
         """
         load(self, state)
-        self.tally.updates = self.meta_updates
         self.forget()
 
     def close(self) -> None:
@@ -426,10 +426,6 @@ class MetaReweighter:
         if self._sharded_owners is not None:  # after a forward others stand in the modules
             return [owner for owner in self._sharded_owners if owner.requires_grad]
         return trained_parameters(self.optimizers, (self.network, *self.criterion_of_training.modules))
-
-    def seen_gradients(self, owners: Sequence[Tensor]) -> list[Tensor | None]:
-        """What the optimizers will use."""
-        return seen_by(self.optimizers, owners)
 
     @property
     def pending(self) -> list[Plan]:
@@ -533,7 +529,6 @@ class MetaReweighter:
             self.steps += 1
         self.tally.steps += 1
         if update is not None:
-            self.tally.updates += 1
             self.tally.latest = update.val_loss, torch.cat(update.meta_gradients)
         if plans[0].sending.rows is not None:
             if self.warming_up:
@@ -549,10 +544,10 @@ class MetaReweighter:
             logger.info("warm-up is over after %d steps: weights are the weighting's own from now on", self.steps)
 
 
-def _end(handles: list[Any], tally: Tally) -> None:
+def _end(handles: list[Any], tally: Tally, engines: EngineChoice) -> None:
     for handle in handles:
         handle.remove()
-    if tally.steps and not tally.updates:
+    if tally.steps and not engines.updates:
         logger.warning(
             "MetaReweighter did nothing in %d steps: there was no meta-update. warmup_steps is longer than the run, or "
             "the validation set stayed empty",

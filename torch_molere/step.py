@@ -8,25 +8,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from torch_molere.calls import device_of
-from torch_molere.distributed.collectives import (
-    averaged,
-    gathered,
-    ranks,
-)
+from torch_molere.distributed.collectives import averaged, gathered, ranks
 from torch_molere.hypergradients.functional import Call, gradients_apart
 from torch_molere.meta_update import MetaUpdate, meta_update_of
-from torch_molere.networks import apart, take_step
-from torch_molere.plan import Plan, make_plan, raw_weights, weighted_loss
+from torch_molere.networks import networks_apart, take_step
+from torch_molere.plan import Plan, check_numbers, make_plan, raw_weights, weighted_loss
 from torch_molere.weighting import normalised
 
 if TYPE_CHECKING:
@@ -59,11 +53,10 @@ def _before(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: T
     plan.samples = replace(
         plan.samples, meta_gradients=memory.meta_gradients, has_meta_gradient=memory.has_meta_gradient
     )
-    with apart(r.with_statistics, device_of(r.network), r.seed_of(len(r.pending))):
+    with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(len(r.pending))):
         raw = raw_weights(weighting, plan.samples, graph=False)
     everyone = gathered(raw, plan.together.sizes)[0]
-    if not bool(((everyone >= 0) & (everyone < math.inf)).all()):
-        raise ValueError("weighting must return finite weights ≥ 0, got negative, NaN or infinite ones")
+    check_numbers([], everyone.tolist(), plan.together.sizes)
     plan.everyone = normalised(everyone, plan.training, r.max_weight)
     loss = _loss_of(r, plan, outputs, targets, losses)
     plan.loss = loss.detach().clone()
@@ -106,10 +99,9 @@ def commit(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) 
         )
         weighed = not r.warming_up
         for plan in plans:
-            together = plan.together
-            sent = torch.tensor(together.sent).to(plan.everyone.device, non_blocking=True)
+            seen = plan.together
             held = None if plan.training is None else ~plan.training
-            r.history.record(together.rows, together.samples, plan.everyone, held, sent, weighed, together.predictions)
+            r.history.record(seen.rows, seen.samples, plan.everyone, held, plan.sent, weighed, seen.predictions)
         if update is not None:
             for plan, evidence in zip(update.plans, update.evidence, strict=True):
                 r.history.record_meta_gradients(plan.together.rows, evidence)

@@ -4,8 +4,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from torch_molere.arguments import check_count
 from torch_molere.validation import held_out
-from torch_molere.validation.source import ValidationSource, check_integer
+from torch_molere.validation.source import ValidationSource
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=12))
@@ -42,4 +43,4 @@ def test_a_source_sends_nothing_unless_it_says_so():
 @pytest.mark.parametrize("value", [-1, True, 1.0, None, "3"])
 def test_integers(value):
     with pytest.raises(ValueError, match="count must be an integer ≥ 0, got"):
-        check_integer("count", value, 0)
+        check_count("count", value, 0)

@@ -14,7 +14,7 @@ from torch_molere.hypergradients.check import agreement, derivative, examine, re
 from torch_molere.hypergradients.engines import Engine, unrolled
 from torch_molere.hypergradients.functional import Call, Replay
 from torch_molere.hypergradients.meta_gradient import check_weights_shape, meta_gradient, validate
-from torch_molere.hypergradients.update import check_differentiable, differentiable_optimizer
+from torch_molere.hypergradients.update import check_differentiable, differentiable_optimizer, parameters_of
 from torch_molere.losses import LossFn, PerSampleLoss
 
 ENGINES: tuple[Engine, ...] = ("auto", "finite", "forward", "reverse", "unrolled")
@@ -111,9 +111,7 @@ def trained_parameters(optimizers: list[Optimizer], modules: tuple[nn.Module, ..
     Raises:
         ValueError: if there are none.
     """
-    held = {
-        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
-    }
+    held = {id(parameter) for parameter in parameters_of(*optimizers)}
     of_modules = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     found = [parameter for number, parameter in of_modules.items() if number in held]
     if not found:

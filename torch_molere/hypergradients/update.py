@@ -107,6 +107,11 @@ def maximizes(optimizers: Iterable[Optimizer]) -> bool:
     return True in flags
 
 
+def parameters_of(*optimizers: Optimizer) -> list[Any]:
+    """The parameters that the optimizers hold, in their order."""
+    return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _torch_class(optimizer: Optimizer) -> type[Optimizer] | None:
     """The class of torch.optim that the optimizer is, or is derived from."""
     for kind in type(optimizer).__mro__:
@@ -181,7 +186,7 @@ class Update:
     def __init__(
         self, optimizers: Sequence[Optimizer], parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> None:
-        holders = Counter(p for o in optimizers for p in {p for group in o.param_groups for p in group["params"]})
+        holders = Counter(p for optimizer in optimizers for p in set(parameters_of(optimizer)))
         for place, parameter in enumerate(parameters):
             if holders[parameter] != 1:
                 raise ValueError(
@@ -226,7 +231,7 @@ class Update:
         for optimizer in self._optimizers:
             portion: list[Tensor] = []
             elements = 0
-            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p in known):
+            for parameter in (p for p in parameters_of(optimizer) if p in known):
                 if portion and elements + parameter.numel() > most:
                     yield optimizer, portion
                     portion, elements = [], 0

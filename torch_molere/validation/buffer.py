@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_molere.arguments import check_count
 from torch_molere.distributed.collectives import ranks, summed_gradients
 from torch_molere.networks import OptimizerFactory, check_states, learning_parameters, optimizer_of, take_step
 from torch_molere.samples import Samples
 from torch_molere.splitting import MarginSplitter, RandomSplitter, splitter_loss
-from torch_molere.validation.source import Drawn, Sending, ValidationSource, check_integer
+from torch_molere.validation.source import Drawn, Sending, ValidationSource
 from torch_molere.validation.store import LEAST, InstanceStore, size_of
 
 LABEL_TOLERANCE = 0.25
@@ -83,9 +84,9 @@ class ValidationBuffer(ValidationSource):
         self.splitter = MarginSplitter() if splitter is None else splitter
         self.fraction = fraction
         self.holds_out = hold_out
-        self.capacity = check_integer("capacity", capacity, LEAST)
-        self.max_bytes = check_integer("max_bytes", max_bytes, 1)
-        self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, LEAST)
+        self.capacity = check_count("capacity", capacity, LEAST)
+        self.max_bytes = check_count("max_bytes", max_bytes, 1)
+        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, LEAST)
         if hasattr(self.splitter, "fraction"):
             self.splitter.fraction = fraction  # type: ignore[assignment]
         self.balances_labels = bool(getattr(self.splitter, "balances_labels", False))
@@ -291,10 +292,10 @@ class ValidationBuffer(ValidationSource):
         low, high = (float(carry) for carry in state["quota"])
         if not (0.0 <= low < math.inf and -math.inf < high <= 1.0):
             raise ValueError(f"the buffer's quota must be a number ≥ 0 and one ≤ 1, got {low} and {high}")
-        commits, seed = (check_integer(f"the buffer's {name}", state[name], 0) for name in ("commits", "seed"))
+        commits, seed = (check_count(f"the buffer's {name}", state[name], 0) for name in ("commits", "seed"))
         for label, count in state["seen"].items():
-            check_integer("how often a class was seen", count, 0)
-            check_integer("a class", label, -(2**63))
+            check_count("how often a class was seen", count, 0)
+            check_count("a class", label, -(2**63))
         store = self.store.loaded(state["store"])
         check_states(self.splitter, self._optimizer, state["splitter"], state["optimizer"])
         self.splitter.load_state_dict(state["splitter"])

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torch_molere.arguments import check_count
 from torch_molere.calls import arguments_of, map_tensors, tensors_of
 from torch_molere.hypergradients.functional import preserved_randomness
-from torch_molere.validation.source import Drawn, Sending, ValidationSource, check_integer
+from torch_molere.validation.source import Drawn, Sending, ValidationSource
 
 
 class FixedValidation(ValidationSource):
@@ -94,7 +95,7 @@ class FixedValidation(ValidationSource):
         Raises:
             ValueError: for other than integers ≥ 0. Nothing has changed then.
         """
-        parts = [check_integer(f"the validation's {name}", state.get(name), 0) for name in ("pass", "position", "seed")]
+        parts = [check_count(f"the validation's {name}", state.get(name), 0) for name in ("pass", "position", "seed")]
         self._pass, self._position, self.seed = parts
         self._committed = self._pass, self._position
         self._iterator = self._batch = None

@@ -162,10 +162,3 @@ def held_out(rows: list[int] | None, sent: list[bool]) -> list[bool]:
     if mask and all(mask):
         mask[sent.index(False) if False in sent else 0] = False
     return mask
-
-
-def check_integer(name: str, value: Any, least: int) -> int:
-    """``value``, an integer that is at least ``least``; else a ValueError that names it."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r:.60}")
-    return value

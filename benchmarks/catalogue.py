@@ -304,28 +304,37 @@ SHIFT = Study(
 
 CHOOSE = Study(
     "choose",
-    "Which shrinkage λ, bound and rate of φ should be the defaults? By the selection rows, which are held out of the "
-    "training rows; the test set says nothing here.",
+    "Which weighting, shrinkage λ, bound and rate of φ should be the defaults? By the selection rows, which are held "
+    "out of the training rows; the test set says nothing here.",
     (
         replace(MLP, name="clean"),
         replace(MLP, name="40 % at random", labels="random:0.4"),
         replace(TAIL, name="tail 100"),
         replace(TAIL, name="tail 100, 20 trusted a class", trusted=200),
         replace(NEXT, name="45 % to the next class, 500 trusted", trusted=500),
+        replace(FEATURES, name="features, clean"),
+        replace(FEATURES, name="features, people's worst, 500 trusted", labels="label_worst", trusted=500),
+        replace(FEATURES, name="features, tail 100, 20 trusted a class", rows=10_000, imbalance=100.0, trusted=200),
     ),
-    tuple(
-        method.but(f"{method.name}, {name}", **arguments)
-        for method in (untrusted(DEFAULT), TRUSTED)
-        for name, arguments in (
-            ("λ 0", {"shrinkage": None}),
-            ("λ 0.1", {"shrinkage": 0.1}),
-            ("λ 0.3", {"shrinkage": 0.3}),
-            ("λ 1", {"shrinkage": 1.0}),
-            ("λ 2", {"shrinkage": 2.0}),
-            ("bound 20", {"max_weight": 20.0}),
-            ("rate 1e-3", {"weighting_lr": 1e-3}),
-            ("rate 1e-2", {"weighting_lr": 1e-2}),
-        )
+    (
+        *(
+            method.but(f"{method.name}, {name}", **arguments)
+            for method in (untrusted(DEFAULT), TRUSTED)
+            for name, arguments in (
+                ("λ 0", {"shrinkage": None}),
+                ("λ 0.3", {"shrinkage": 0.3}),
+                ("λ 1", {"shrinkage": 1.0}),
+                ("λ 2", {"shrinkage": 2.0}),
+                ("bound 20", {"max_weight": 20.0}),
+                ("rate 1e-3", {"weighting_lr": 1e-3}),
+                ("rate 1e-2", {"weighting_lr": 1e-2}),
+            )
+        ),
+        untrusted(DEFAULT).but("default, hard", splitter="hard"),
+        ONLINE,
+        ONLINE_AT_ONCE,
+        L2R,
+        L2R_MEMORY,
     ),
     seeds=3,
     measures=("selection", "weight_sd"),

@@ -197,7 +197,7 @@ def agreement(
     """
     terms = (weights * derivatives).double()
     pairs = [(fsdp.local(v), fsdp.local(g)) for v, g in zip(direction, gradients, strict=True) if g is not None]
-    own = torch.stack([torch.sum(v.double() * g.double()) for v, g in pairs]).sum() if pairs else terms.new_zeros(())
+    own = torch.stack([_dot(v, g) for v, g in pairs]).sum() if pairs else terms.new_zeros(())
     numbers = torch.stack([terms.sum(), terms.abs().sum(), own])
     if together:
         (numbers,) = summed([numbers])
@@ -207,6 +207,11 @@ def agreement(
     distance = abs(total - expected)
     scale = max(abs(expected), ROUNDING / TOLERANCE[engine] * size)
     return distance / scale if scale > 0 else 0.0, distance <= allowed or not math.isfinite(expected + size)
+
+
+def _dot(v: Tensor, g: Tensor) -> Tensor:
+    """⟨v, g⟩, summed in their own precision within the first dimension's entries and in double precision over them."""
+    return (v * g).flatten(min(1, v.ndim - 1)).sum(dim=-1).double().sum() if v.ndim else (v * g).double()
 
 
 def examine(

@@ -37,8 +37,8 @@ def finite_difference(
     """⟨u, ∇ℓ_i(θ)⟩ as (ℓ_i(θ + εu) − ℓ_i(θ)) / ε, one plain forward, when ``losses`` = ℓ(θ) is known; else as
     (ℓ_i(θ + εu) − ℓ_i(θ − εu)) / 2ε, two.
 
-    ε‖u‖ is 1e-3 in single precision (the middle of the range found best) and 1e-6 in double precision, where truncation
-    and rounding balance.
+    ε‖u‖ is 3e-4 in single precision (of 3e-5 to 1e-3 the best on an MLP, a conv net and a ResNet-20 in training) and
+    1e-6 in double precision, where truncation and rounding balance.
 
     Raises:
         TypeError: if the parameters have less than single precision, in which no step is both small and visible.
@@ -47,7 +47,7 @@ def finite_difference(
     precision = min((u.dtype for u in direction), key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(precision).bits < 32:
         raise TypeError(f"the finite engine needs float32 or float64 parameters, got {precision}; use 'forward'")
-    radius = 1e-6 if precision == torch.float64 else 1e-3
+    radius = 1e-6 if precision == torch.float64 else 3e-4
     # A zero direction has a zero derivative; the clamp keeps 0/0 out without asking the device for the value.
     step = radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     with torch.no_grad():

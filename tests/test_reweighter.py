@@ -110,7 +110,7 @@ class Lookahead:
         ({"hypergradient": "exact"}, ValueError, "hypergradient must be one of .* got 'exact'"),
         ({"hypergradient": "unrolled"}, ValueError, "hypergradient must be one of"),
         ({"order": "during"}, ValueError, "order must be 'after' or 'before', got 'during'"),
-        ({"shrinkage": -0.1}, ValueError, "shrinkage must be a number ≥ 0, None or 'default', got -0.1"),
+        ({"shrinkage": -0.1}, ValueError, "shrinkage must be a number ≥ 0, None or 'auto', got -0.1"),
         ({"shrinkage": "strong"}, ValueError, "shrinkage must be"),
         ({"max_weight": 0.5}, ValueError, r"max_weight must be at least 1 \(the mean weight\) or None, got 0.5"),
         ({"max_weight": float("nan")}, ValueError, "max_weight must be"),
@@ -623,9 +623,9 @@ def test_repr():
     text = repr(reweighter)
     assert text.startswith("MetaReweighter(Sequential, SGD)")
     assert "step 4; 2 meta-updates" in text
-    assert "SignalWeighting, shrinkage 1.0, max_weight 3.0" in text
+    assert "SignalWeighting, shrinkage auto, " in text and "max_weight 3.0" in text
     assert f"ValidationBuffer; {len(reweighter.history)} rows known" in text
-    assert made(validation=[batch(0)[:2]]).shrinkage == 0.3
+    assert "shrinkage 0.3, max" in repr(made(shrinkage=0.3))
 
 
 # check(batch).
@@ -726,7 +726,7 @@ def test_as_in_paper():
     reweighter = MetaReweighter.as_in_paper(model, optimizer, num_outputs=C, warmup_steps=2, fraction=0.3, every=1)
     assert_same(model.state_dict(), before)
     assert reweighter.order == "before"
-    assert (reweighter.shrinkage, reweighter.max_weight) == (None, None)
+    assert (reweighter.shrinkage.strength, reweighter.max_weight) == (None, None)
     assert isinstance(reweighter.validation.splitter, LearnedSplitter)
     assert isinstance(reweighter.weighting, InputWeighting)
     assert isinstance(reweighter.weighting_optimizer, torch.optim.SGD)

@@ -328,15 +328,16 @@ def _learned(
 ) -> MetaUpdate | None:
     """The gradients of φ and Θ."""
     evidence, signals = [], []
+    strength = r.shrinkage.strength
     for plan, gradient in zip(plans, derivatives, strict=True):
         side = gradient if plan.training is None else gradient[plan.training]
         scaled = _spread_over(plan, standardised(side), gradient)
         evidence.append(scaled)
-        if r.shrinkage is None:
+        if strength is None:
             signals.append(gradient)
         else:
             weights = plan.everyone.detach().to(gradient.dtype)
-            pulled = scaled + r.shrinkage * (
+            pulled = scaled + strength * (
                 weights - (1.0 if plan.training is None else plan.training.to(gradient.dtype))
             )
             signals.append(pulled / max(plan.count, 1))

@@ -44,6 +44,8 @@ def metrics_of(r: MetaReweighter) -> dict[str, float]:
         found["meta_gradient/norm"] = float(gradient.norm())
         spread = gradient.std(correction=0)
         found["meta_gradient/signal_to_noise"] = float(gradient.mean().abs() / spread.clamp_min(1e-30))
+    if r.shrinkage.strength is not None:
+        found["shrinkage"] = r.shrinkage.strength
     if r.engines.found is not None:
         found["check/error"] = r.engines.found.error
     return found | {f"validation/{name}": value for name, value in r.validation.metrics().items()}

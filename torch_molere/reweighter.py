@@ -35,6 +35,7 @@ from torch_molere.metrics import Tally, metrics_of
 from torch_molere.networks import OptimizerFactory, optimizer_of, with_statistics
 from torch_molere.plan import Plan
 from torch_molere.result import StepResult, result_of
+from torch_molere.shrinkage import Shrinkage
 from torch_molere.splitting import LearnedSplitter
 from torch_molere.state import load, state_of
 from torch_molere.step import commit, plan_loss
@@ -48,12 +49,6 @@ logger = logging.getLogger("torch_molere")
 Order = Literal["after", "before"]
 
 STEP_ENGINES: tuple[Engine, ...] = ("auto", "finite", "forward", "reverse")
-
-SHRINKAGE = 1.0
-"""λ where validation rows come from training: as far from equal weights as the evidence goes."""
-
-TRUSTED_SHRINKAGE = 0.3
-"""λ where ``validation=`` gives trusted rows."""
 
 
 class MetaReweighter:
@@ -87,8 +82,9 @@ class MetaReweighter:
         order: ``"after"`` updates φ after the optimizer's step, which serves as the look-ahead; ``"before"`` takes a
             virtual look-ahead first, so that the new φ weighs this very batch, as in the paper, at a higher cost.
         shrinkage: λ ≥ 0: pulls weights to one. φ is given the meta-gradient in units of its standard deviation, plus
-            λ (w̄ − 1), so that noise leaves weights at one and only a consistent sign moves them. ``"default"`` is 1
-            where validation comes from training and 0.3 where it is trusted; None gives φ the bare meta-gradient.
+            λ (w̄ − 1), so that noise leaves weights at one and only a consistent sign moves them. ``"auto"`` takes λ
+            from how far each row's meta-gradients repeat themselves (:mod:`torch_molere.shrinkage`): large where they
+            are noise, small where they are not. None gives φ the bare meta-gradient.
         max_weight: the largest weight, ≥ 1; None for no bound.
         correct_fn: ``(outputs, targets) -> (B,)`` bool, whether the classifier is right; the default knows classes,
             soft and multi-label targets and otherwise asks whether the loss is at most the batch's median.
@@ -105,6 +101,7 @@ class MetaReweighter:
         steps: optimizer steps so far.
         meta_updates: meta-updates so far.
         weighting, validation: φ, and where validation instances come from.
+        shrinkage: λ at present (``reweighter.shrinkage.strength``).
 
     Raises:
         TypeError: for a model, optimizer or callable of another kind, or an optimizer that cannot be differentiated.
@@ -126,7 +123,7 @@ class MetaReweighter:
         warmup_steps: int = 100,
         hypergradient: Engine = "auto",
         order: Order = "after",
-        shrinkage: float | Literal["default"] | None = "default",
+        shrinkage: float | Literal["auto"] | None = "auto",
         max_weight: float | None = 3.0,
         correct_fn: CorrectFn | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -146,8 +143,6 @@ class MetaReweighter:
         check_count("seed", seed, 0)
         if seed >= 2**63:
             raise ValueError(f"seed must be less than 2**63, got {seed}")
-        if not (shrinkage is None or shrinkage == "default" or (is_number(shrinkage) and 0.0 <= shrinkage < math.inf)):
-            raise ValueError(f"shrinkage must be a number ≥ 0, None or 'default', got {shrinkage!r}")
         if max_weight is not None and not (is_number(max_weight) and 1.0 <= max_weight < math.inf):
             raise ValueError(f"max_weight must be at least 1 (the mean weight) or None, got {max_weight!r}")
         if not (is_number(weighting_lr) and 0.0 < weighting_lr < math.inf):
@@ -189,9 +184,7 @@ class MetaReweighter:
             source = ValidationBuffer() if validation is None else validation
             self.validation = source if isinstance(source, ValidationSource) else FixedValidation(source)
             self.validation.attach(self.network, device, seed)
-        self.shrinkage = (
-            (TRUSTED_SHRINKAGE if self.validation.trusted else SHRINKAGE) if shrinkage == "default" else shrinkage
-        )
+        self.shrinkage = Shrinkage(shrinkage)
         self.with_statistics = with_statistics([self.weighting, getattr(self.validation, "splitter", None)])
         self.history = SampleHistory(getattr(self.weighting, "meta_decay", 0.8))
         self.configuration = {
@@ -201,7 +194,7 @@ class MetaReweighter:
             "warmup_steps": warmup_steps,
             "weighting": type(self.weighting).__name__,
             "validation": type(self.validation).__name__,
-            "shrinkage": self.shrinkage,
+            "shrinkage": shrinkage,
             "max_weight": max_weight,
         }
         self._started = self._checking = self.batch_checked = False
@@ -415,7 +408,8 @@ class MetaReweighter:
         return (
             f"MetaReweighter({type(self.network).__name__}, {', '.join(type(o).__name__ for o in self.optimizers)})\n"
             f"  {state}; {self.meta_updates} meta-updates, one every {self.every} steps, engine {self.engine!r}\n"
-            f"  weighting: {type(self.weighting).__name__}, shrinkage {self.shrinkage}, max_weight {self.max_weight}\n"
+            f"  weighting: {type(self.weighting).__name__}, shrinkage {self.shrinkage.describe()}, "
+            f"max_weight {self.max_weight}\n"
             f"  validation: {type(self.validation).__name__}; {len(self.history)} rows known by their index"
         )
 

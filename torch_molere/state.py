@@ -28,6 +28,7 @@ def state_of(r: MetaReweighter) -> dict[str, Any]:
         "weighting_optimizer": None if r.weighting_optimizer is None else r.weighting_optimizer.state_dict(),
         "validation": r.validation.state_dict(),
         "history": r.history.state_dict(),
+        "shrinkage": r.shrinkage.state_dict(),
     }
 
 
@@ -58,6 +59,7 @@ def _load(r: MetaReweighter, state: dict[str, Any]) -> None:
         r.weighting_optimizer.load_state_dict(state["weighting_optimizer"])
     r.validation.load_state_dict(state["validation"])
     r.history.load_state_dict(state["history"])
+    r.shrinkage.load_state_dict(state["shrinkage"])
     r.engines.load_state_dict(state["engines"])
     r.seed, r.steps = state["seed"], state["steps"]
 

@@ -104,6 +104,8 @@ def commit(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) 
             r.history.record(seen.rows, seen.samples, plan.everyone, held, plan.sent, weighed, seen.predictions)
         if update is not None:
             for plan, evidence in zip(update.plans, update.evidence, strict=True):
+                samples = plan.together.samples
+                r.shrinkage.observe(evidence, samples.meta_gradients, samples.has_meta_gradient)
                 r.history.record_meta_gradients(plan.together.rows, evidence)
             r.engines.commit(update.found)
         elif r.meta_update_is_due:

@@ -104,10 +104,7 @@ def test_trusted_batches_are_of_the_trusted_rows_each_once_a_pass(problem):
 
 def test_methods_become_reweighters(problem):
     assert isinstance(made(DEFAULT, problem).validation.splitter, MarginSplitter)
-    assert (
-        made(TRUSTED, problem).validation.trusted
-        and made(TRUSTED, problem).shrinkage < made(DEFAULT, problem).shrinkage
-    )
+    assert made(TRUSTED, problem).validation.trusted
     hard = made(Method("", arguments={"splitter": "hard", "hold_out": True, "trim": 0.1, "fraction": 0.2}), problem)
     splitter = hard.validation.splitter
     assert (splitter.sharpness, splitter.trim, splitter.fraction, hard.validation.holds_out) == (
@@ -117,7 +114,7 @@ def test_methods_become_reweighters(problem):
         True,
     )
     learned = made(Method("", arguments={"splitter": "learned", "shrinkage": None}), problem)
-    assert isinstance(learned.validation.splitter, LearnedSplitter) and learned.shrinkage is None
+    assert isinstance(learned.validation.splitter, LearnedSplitter) and learned.shrinkage.strength is None
     assert made(Method("", arguments={"warmup": 0.25}), problem).warmup_steps == 10
     assert isinstance(made(RANDOM, problem).weighting, RandomWeighting)
     paper = made(Method("", arguments={"as_in_paper": True}), problem)

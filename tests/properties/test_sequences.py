@@ -275,7 +275,7 @@ class Sequences(RuleBasedStateMachine):
             "every": every,
             "warmup_steps": warmup,
             "max_weight": bound,
-            "shrinkage": None if seed % 3 == 0 else "default",
+            "shrinkage": None if seed % 3 == 0 else "auto",
         }
         if splitter is None:
             generator = torch.Generator().manual_seed(seed)

@@ -606,6 +606,9 @@ def test_metrics():
     assert found["weights/at_bound"] == pytest.approx(float((weights > 1.1999).double().mean()))
     assert found["validation/sent"] == pytest.approx(float(result.val_mask.double().mean()))
     assert found["validation/instances"] == len(reweighter.validation)
+    assert found["validation/fill"] == len(reweighter.validation) / 2048
+    assert found["meta_gradient/repeated"] == reweighter.shrinkage.repeated
+    assert 0 <= found["validation/accuracy"] <= 1 <= found["validation/classes"] <= 3
     assert found["validation/loss"] == pytest.approx(float(latest.val_loss))
     assert found["meta_gradient/norm"] == pytest.approx(float(latest.meta_gradient.norm()), rel=1e-5)
     gradient = latest.meta_gradient.double()
@@ -613,6 +616,26 @@ def test_metrics():
     assert found["meta_gradient/signal_to_noise"] == pytest.approx(expected, rel=1e-4)
     assert found["meta_seconds"] > 0
     assert 0 <= found["check/error"] < 0.01
+
+
+def test_metrics_of_validation_against_the_rows_themselves():
+    """At a rate of zero the classifier stays, so that a whole pass over validation can be looked at by hand."""
+    validation = (torch.randn(12, 5), torch.tensor([0] * 6 + [1] * 3 + [2] * 3))
+    reweighter = made(nn.Linear(5, C), validation=[validation], every=1, warmup_steps=0)
+    reweighter.optimizers[0].param_groups[0]["lr"] = 0.0
+    reweighter.step(batch(0))
+    with torch.no_grad():
+        right = (reweighter.model(validation[0]).argmax(dim=1) == validation[1]).double().mean()
+    found = reweighter.metrics()
+    assert found["validation/accuracy"] == pytest.approx(float(right))
+    assert found["validation/classes"] == pytest.approx(2**1.5)  # entropy of ½, ¼, ¼: 1.5 bits
+
+
+def test_metrics_of_a_splitter_that_learns():
+    reweighter = made(validation=ValidationBuffer(splitter=LearnedSplitter(), fraction=0.5), every=1, warmup_steps=1)
+    for step in range(4):
+        reweighter.step(batch(step))
+    assert reweighter.metrics()["validation/splitter_loss"] > 0
 
 
 def test_repr():

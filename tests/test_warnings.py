@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_molere import MetaReweighter, SignalWeighting, ValidationBuffer, with_indices
+from torch_molere import (
+    MarginSplitter,
+    MetaReweighter,
+    RandomSplitter,
+    SignalWeighting,
+    ValidationBuffer,
+    with_indices,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B, C = 10, 3
@@ -179,3 +186,23 @@ def test_a_plain_run_says_nothing(said):
             reweighter.step(each)
     assert reweighter.meta_updates > 0
     assert not said("")
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.25])
+@pytest.mark.parametrize("splitter", [MarginSplitter(), RandomSplitter(0.1, 0)], ids=["by hardness", "at random"])
+def test_hard_rows_that_look_like_wrong_labels(wrong, splitter, said, monkeypatch):
+    """Classes far apart, some rows with another label: those are what is hard."""
+    monkeypatch.setattr("torch_molere.checks.LABELS_EVERY", 20)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(60) % C
+    inputs = 8.0 * nn.functional.one_hot(targets, 4).float() + 0.1 * torch.randn(60, 4, generator=generator)
+    labels = torch.where(torch.arange(60) < 60 * wrong, (targets + 1 + torch.arange(60) // 3 % 2) % C, targets)
+    reweighter = made(validation=ValidationBuffer(splitter=splitter), every=1, warmup_steps=0)
+    for _ in range(100):
+        rows = torch.randperm(60, generator=generator)[:20]
+        reweighter.step((inputs[rows], labels[rows], rows))
+    running = reweighter.history.table()["running_margin"]
+    assert reweighter.history.share_below(-0.5) == pytest.approx(float((running < -0.5).double().mean()))
+    found = said("predicted as another class with certainty")
+    assert len(found) == (1 if wrong and isinstance(splitter, MarginSplitter) else 0)
+    assert not found or "Give trusted rows as validation=" in found[0]

@@ -17,6 +17,7 @@ from torch_molere.hypergradients.functional import Call, ModuleState, observed, 
 from torch_molere.losses import constants_of
 from torch_molere.meta_update import meta_update_of
 from torch_molere.plan import make_plan
+from torch_molere.splitting import RandomSplitter
 from torch_molere.validation.fixed import FixedValidation
 from torch_molere.validation.source import Drawn
 from torch_molere.validation.store import first_half, size_of
@@ -137,6 +138,31 @@ def check_batch(r: MetaReweighter, call: Call, select: Callable[[Any], Any], tar
     if found != (found if expected is None else expected):
         raise ValueError(f"{what} gave {found} losses, not {expected}; {advice}")
     r.batch_checked = True
+
+
+LABELS_EVERY = 100
+"""Meta-updates from one look at the labels to the next."""
+
+DOUBTED, MANY = -0.5, 0.15
+"""A row is doubted whose running margin is below the first; a share of rows above the second is many."""
+
+
+def watch_labels(r: MetaReweighter) -> None:
+    """Say so if validation is drawn by hardness and many rows look wrong: those are what hard rows then are."""
+    splitter = getattr(r.validation, "splitter", None)
+    if r.meta_updates % LABELS_EVERY or splitter is None or isinstance(splitter, RandomSplitter):
+        return
+    if getattr(splitter, "sharpness", 1.0) <= 0.0:
+        return
+    share = r.history.share_below(DOUBTED)
+    if share > MANY:
+        r.say_once(
+            "labels",
+            f"{100 * share:.0f} % of the rows are predicted as another class with certainty (running margin below "
+            f"{DOUBTED}): if their labels are wrong, validation by hardness is drawn from wrong labels. Give trusted "
+            "rows as validation=, or take ValidationBuffer(splitter=RandomSplitter()) or MarginSplitter(trim=...); "
+            "reweighter.history shows the rows",
+        )
 
 
 def watch_constants(r: MetaReweighter) -> None:

@@ -258,6 +258,17 @@ class SampleHistory:
             "prediction": total["prediction"].long(),
         }
 
+    def share_below(self, margin: float) -> float:
+        """The share of rows seen at least three times whose running margin is below ``margin``; 0 where none is.
+
+        Reads the device.
+        """
+        self._write()
+        sums, running = self._sums[1 : len(self._slots) + 1], self._running[1 : len(self._slots) + 1]
+        seen = sums[:, _SUMS.index("margin_count")] >= 3
+        below = seen & (running[:, _RUNNING.index("margin")] < margin)
+        return float(below.sum() / seen.sum().clamp_min(1))
+
     def to_pandas(self) -> pandas.DataFrame:
         """:meth:`table` as a data frame with the rows as its index.
 

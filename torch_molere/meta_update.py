@@ -19,6 +19,7 @@ from torch_molere.hypergradients.meta_gradient import Validated, meta_gradient, 
 from torch_molere.hypergradients.update import parameters_of, unscaled
 from torch_molere.networks import learning_parameters, networks_apart
 from torch_molere.plan import Plan, places_of, samples_of
+from torch_molere.samples import Samples
 from torch_molere.validation.source import Drawn
 from torch_molere.weighting import standardised
 
@@ -49,6 +50,7 @@ class MetaUpdate:
         drawn: the validation batch.
         learned: what the validation source learned.
         found: the engine that was used.
+        held: the validation instances; None where the loss was not finite.
     """
 
     val_loss: Tensor
@@ -60,6 +62,7 @@ class MetaUpdate:
     learned: Any
     found: Found
     weighting_state: tuple[dict[str, Any], dict[str, Any] | None] | None = None
+    held: Samples | None = None
 
 
 def differentiate(
@@ -351,7 +354,7 @@ def _learned(
     if not bool(torch.isfinite(torch.stack([number.double() for number in numbers])).all()):
         r.say_once("nonfinite", "skipped a meta-update: the validation loss or its gradient is not finite")
         return MetaUpdate(validated.mean, [], own, [], None, drawn, None, found)
-    return MetaUpdate(validated.mean, plans, own, evidence, gradients, drawn, learned, found)
+    return MetaUpdate(validated.mean, plans, own, evidence, gradients, drawn, learned, found, held=held)
 
 
 def _spread_over(plan: Plan, side: Tensor, like: Tensor) -> Tensor:

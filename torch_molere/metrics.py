@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch_molere.reweighter import MetaReweighter
+
+
+class Latest(NamedTuple):
+    """Of the latest meta-update: the validation loss, ``(B,)`` ∂L_val/∂w̄, and of the validation instances which are
+    right and their classes, if they have any."""
+
+    val_loss: Tensor
+    gradient: Tensor
+    correct: Tensor | None
+    classes: Tensor | None
 
 
 @dataclass
@@ -17,11 +27,22 @@ class Tally:
 
     steps: int = 0
     seconds: float = 0.0
-    latest: tuple[Tensor, Tensor] | None = None
+    latest: Latest | None = None
 
 
 def metrics_of(r: MetaReweighter) -> dict[str, float]:
-    """A flat dict: of the latest step, of the validation source, and of the meta-updates so far."""
+    """A flat dict: of the latest step, of the validation source, and of the meta-updates so far.
+
+    - ``steps``, ``meta_updates``, ``meta_seconds`` (spent on meta-updates), ``shrinkage`` (λ at present);
+    - ``weights/``: ``std``, ``effective`` (1 / (1 + std²), the effective sample size as a share), ``zero`` and
+      ``at_bound`` (shares), of the latest batch;
+    - ``validation/``: ``sent`` (share of the latest batch); of the latest meta-update ``loss``, ``accuracy`` and
+      ``classes`` (the effective number of classes, the exponential of their entropy); and what the source tells, for a
+      buffer ``instances``, ``fill`` (share of its capacity) and, with a splitter that learns, ``splitter_loss``;
+    - ``meta_gradient/``: ``norm``, ``signal_to_noise`` (|mean| / std over the batch), ``repeated`` (b of
+      :class:`~torch_molere.shrinkage.Shrinkage`);
+    - ``check/error``: of the last comparison with reverse mode, relative.
+    """
     found: dict[str, float] = {
         "steps": float(r.steps),
         "meta_updates": float(r.meta_updates),
@@ -39,13 +60,19 @@ def metrics_of(r: MetaReweighter) -> dict[str, float]:
                 found["weights/at_bound"] = float((weights >= r.max_weight * (1 - 1e-6)).float().mean())
         found["validation/sent"] = float(r.result.val_mask.float().mean())
     if r.tally.latest is not None:
-        val_loss, gradient = r.tally.latest
+        val_loss, gradient, correct, classes = r.tally.latest
         found["validation/loss"] = float(val_loss)
+        if correct is not None:
+            found["validation/accuracy"] = float(correct.float().mean())
+        if classes is not None:
+            shares = classes.unique(return_counts=True)[1] / len(classes)
+            found["validation/classes"] = float((-(shares * shares.log()).sum()).exp())
         found["meta_gradient/norm"] = float(gradient.norm())
         spread = gradient.std(correction=0)
         found["meta_gradient/signal_to_noise"] = float(gradient.mean().abs() / spread.clamp_min(1e-30))
     if r.shrinkage.strength is not None:
         found["shrinkage"] = r.shrinkage.strength
+        found["meta_gradient/repeated"] = r.shrinkage.repeated
     if r.engines.found is not None:
         found["check/error"] = r.engines.found.error
     return found | {f"validation/{name}": value for name, value in r.validation.metrics().items()}

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from torch_molere.arguments import check_apart, check_count, check_model, is_number, parts_of
 from torch_molere.calls import arguments_of, device_of
-from torch_molere.checks import check_batch, dry_run, watch_constants
+from torch_molere.checks import check_batch, dry_run, watch_constants, watch_labels
 from torch_molere.criterion import Criterion
 from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import Gather, broadcast, rank
@@ -31,7 +31,7 @@ from torch_molere.hypergradients.update import check_differentiable, differentia
 from torch_molere.interrupts import uninterrupted
 from torch_molere.losses import CorrectFn, LossFn, PerSampleLoss
 from torch_molere.meta_update import ONE_LOSS, MetaUpdate, differentiate
-from torch_molere.metrics import Tally, metrics_of
+from torch_molere.metrics import Latest, Tally, metrics_of
 from torch_molere.networks import OptimizerFactory, optimizer_of, with_statistics
 from torch_molere.plan import Plan
 from torch_molere.result import StepResult, result_of
@@ -523,7 +523,12 @@ class MetaReweighter:
             self.steps += 1
         self.tally.steps += 1
         if update is not None:
-            self.tally.latest = update.val_loss, torch.cat(update.meta_gradients)
+            held = update.held
+            seen = (None, None) if held is None else (held.correct, held.classes)
+            self.tally.latest = Latest(update.val_loss, torch.cat(update.meta_gradients), *seen)
+            if self.meta_updates == 1:
+                logger.info("first meta-update, at step %d, by engine %r", self.steps, self.engine)
+            watch_labels(self)
         if plans[0].sending.rows is not None:
             if self.warming_up:
                 self._watch_warmup(plans[0].sending.rows)

@@ -308,7 +308,7 @@ def test_without_rows_instances_stay_until_they_are_replaced():
     for number in range(5):
         found.commit([sending_of(some_samples(8, seed=number), [0, 1])], None, None)
         assert len(found) == min(2 * number + 2, 6)
-    assert found.metrics() == {"instances": 6.0}
+    assert found.metrics() == {"instances": 6.0, "fill": 1.0}
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 7])

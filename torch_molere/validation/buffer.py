@@ -32,6 +32,7 @@ class Learned:
 
     gradients: list[Tensor | None] | None
     easy: list[int]
+    loss: Tensor
 
 
 class ValidationBuffer(ValidationSource):
@@ -96,6 +97,7 @@ class ValidationBuffer(ValidationSource):
         self._quota = Quota(fraction)
         self._seen: Counter[int] = Counter()  # how often the stream showed each class, where labels are balanced
         self._commits = 0
+        self._splitter_loss: Tensor | None = None
         self._store: InstanceStore | None = None
 
     def __len__(self) -> int:
@@ -225,7 +227,7 @@ class ValidationBuffer(ValidationSource):
         finite = torch.stack([g.sum().isfinite() for g in gradients if g is not None] or [torch.tensor(False)]).all()
         *easy, usable = torch.cat([(p >= 0.5) & validation.correct, finite.to(p.device)[None]]).tolist()
         slots = [slot for slot, is_easy in zip(drawn.slots, easy, strict=True) if is_easy]
-        return Learned(gradients if usable else None, slots)
+        return Learned(gradients if usable else None, slots, loss.detach())
 
     def check_together(self, sendings: Sequence[Sending]) -> None:
         """Refuse batches of one optimizer step that do not fit each other, while no batch has decided what fits.
@@ -242,6 +244,7 @@ class ValidationBuffer(ValidationSource):
     def commit(self, sendings: Sequence[Sending], drawn: Drawn | None, learned: Learned | None) -> None:
         """Take over what belongs to an optimizer step: Θ's update, releases, instances sent, counts."""
         if learned is not None and drawn is not None:
+            self._splitter_loss = learned.loss
             if learned.gradients is not None and self._optimizer is not None:
                 take_step(self.splitter, self._optimizer, learned.gradients)
             self.store.release(learned.easy, keep=len(drawn.slots))
@@ -268,8 +271,9 @@ class ValidationBuffer(ValidationSource):
         self._commits += 1
 
     def metrics(self) -> dict[str, float]:
-        """``instances``: how many it holds."""
-        return {"instances": float(len(self))}
+        """``instances`` that it holds, ``fill`` as a share of its capacity, ``splitter_loss`` of one that learns."""
+        found = {"instances": float(len(self)), "fill": len(self) / self.store.capacity}
+        return found if self._splitter_loss is None else {**found, "splitter_loss": float(self._splitter_loss)}
 
     def state_dict(self) -> dict[str, Any]:
         """Θ, its optimizer, what is held and all counts."""

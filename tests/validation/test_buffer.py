@@ -409,7 +409,7 @@ def test_what_has_become_easy_leaves_but_never_the_last_batch():
     assert len(found) == held - 3
     assert not found.store.held_among(frozenset(rows))
     drawn = found.draw(2 * len(found), 1)
-    found.commit([], drawn, Learned(None, drawn.slots))
+    found.commit([], drawn, Learned(None, drawn.slots, torch.tensor(0.5)))
     assert len(found) == held - 3
 
 

@@ -19,7 +19,7 @@ ELSEWHERE = {"distributed.md", "checkpoints.md"}  # run in tests/distributed/tes
 def test_python_blocks_run_in_order(page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
     script = tmp_path / "page.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
+    script.write_text("\n".join(block for block in blocks if not block.startswith("--8<--")), encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -42,3 +42,20 @@ def test_ci_runs_the_test_command_of_the_readme():
     command = "python -m pytest"
     assert f"pip install -e '.[test]' && {command}\n" in PAGES["README.md"]
     assert re.search(rf"^{command}( |$)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_public_name_is_in_the_reference():
+    import torch_molere
+    import torch_molere.report
+
+    named = set(re.findall(r"^::: (\S+)$", PAGES["api.md"], re.MULTILINE))
+    assert {f"torch_molere.{name}" for name in torch_molere.__all__} <= named
+    assert {f"torch_molere.report.{name}" for name in torch_molere.report.__all__} <= named
+
+
+def test_every_page_is_in_the_site():
+    """Which CI builds with warnings as errors."""
+    contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages == set(re.findall(r"(\S+\.md)$", contents, re.MULTILINE))
+    assert "mkdocs build --strict" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

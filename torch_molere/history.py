@@ -228,10 +228,10 @@ class SampleHistory:
         Returns:
             - ``row`` (long) and ``seen``, the number of encounters (long);
             - means over the encounters: ``loss``, ``margin`` (NaN without classes), ``correct``, ``held_out`` (not
-              trained on), ``sent`` (to validation), ``weight`` (where it was weighed; NaN where it never was);
+                trained on), ``sent`` (to validation), ``weight`` (where it was weighed; NaN where it never was);
             - ``running_loss`` and ``running_margin`` (NaN without classes);
             - ``meta_gradient``, its running mean in standard deviations (NaN where there is none; at ``meta_decay=0``
-              the latest), and ``meta_seen``, of how many (long);
+                the latest), and ``meta_seen``, of how many (long);
             - ``target`` and ``prediction`` at the latest encounter (long; -1 without classes).
 
         Wrong labels show as large running losses and small running margins; against a trusted validation set also as

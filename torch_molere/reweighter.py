@@ -305,7 +305,7 @@ class MetaReweighter:
             A scalar to call ``backward`` on.
 
         Raises:
-            As :meth:`step`; RuntimeError if no call of the model returned ``outputs``.
+            RuntimeError: as :meth:`step`, and if no call of the model returned ``outputs``.
         """
         if not torch.is_grad_enabled():
             criterion = self.criterion_of_training
@@ -333,8 +333,7 @@ class MetaReweighter:
             A few lines: the engine and how far it is from reverse mode, the cost of a meta-update relative to a step,
             the parameters reached.
 
-        Raises:
-            What the first meta-update would raise.
+        Raises what the first meta-update would raise.
         """
         return dry_run(self, *parts_of(batch))
 

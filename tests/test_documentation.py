@@ -19,7 +19,7 @@ ELSEWHERE = {"distributed.md", "checkpoints.md"}  # run in tests/distributed/tes
 def test_python_blocks_run_in_order(page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
     script = tmp_path / "page.py"
-    script.write_text("\n".join(block for block in blocks if not block.startswith("--8<--")), encoding="utf-8")
+    script.write_text("\n".join(blocks), encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

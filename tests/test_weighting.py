@@ -9,6 +9,7 @@ from torch import nn
 
 from torch_molere.weighting import (
     FreeWeighting,
+    GroupWeighting,
     InputWeighting,
     OnlineWeighting,
     RandomWeighting,
@@ -23,6 +24,7 @@ KINDS = {
     "inputs": lambda: InputWeighting(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))),
     "classifier": lambda: InputWeighting.from_classifier(nn.Linear(3, 3), 3),
     "free": lambda: FreeWeighting(30),
+    "groups": lambda: GroupWeighting(torch.arange(30) % 4),
 }
 
 
@@ -145,3 +147,33 @@ def test_few_operations():
         normalised(weights, None, 3.0)
     assert forward.count <= 16
     assert normalisation.count <= 9
+
+
+def test_rows_of_a_group_weigh_alike():
+    """w = sigmoid(10 s) of the row's group; the gradient of a group's score sums over its rows."""
+    groups = torch.tensor([2, 0, 0, 1, 2, 2])
+    weighting = GroupWeighting(groups)
+    with torch.no_grad():
+        weighting.scores.copy_(torch.tensor([-0.1, 0.0, 0.2]))
+    of_group = torch.tensor([1 / (1 + math.exp(1.0)), 0.5, 1 / (1 + math.exp(-2.0))])
+    rows = torch.tensor([5, 1, 1, 3])
+    weights = weighting(some_samples(4, indices=rows))
+    torch.testing.assert_close(weights.detach(), of_group[groups[rows]])
+    weights.sum().backward()
+    slope = 10 * of_group * (1 - of_group)
+    torch.testing.assert_close(weighting.scores.grad, slope * torch.tensor([2.0, 1.0, 1.0]))
+    over_rows = of_group[groups].mean()
+    torch.testing.assert_close(weighting.weights, of_group / over_rows)
+
+
+def test_groups_that_are_refused():
+    with pytest.raises(TypeError, match="group_of_row must be integers, got torch.float32"):
+        GroupWeighting(torch.zeros(3))
+    for wrong in ([0, -1], [], [[0], [1]]):
+        with pytest.raises(ValueError, match="group_of_row must be"):
+            GroupWeighting(torch.tensor(wrong, dtype=torch.long))
+    weighting = GroupWeighting([0, 1])
+    with pytest.raises(ValueError, match="needs the rows' indices"):
+        weighting(some_samples(3))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 2\), got 2"):
+        weighting(some_samples(1, indices=torch.tensor([2])))

@@ -11,6 +11,7 @@ from torch_molere.splitting import LearnedSplitter, MarginSplitter, RandomSplitt
 from torch_molere.validation import ValidationBuffer
 from torch_molere.weighting import (
     FreeWeighting,
+    GroupWeighting,
     InputWeighting,
     OnlineWeighting,
     RandomWeighting,
@@ -21,6 +22,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "DistributedState",
     "FreeWeighting",
+    "GroupWeighting",
     "InputWeighting",
     "LearnedSplitter",
     "MarginSplitter",

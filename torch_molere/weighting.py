@@ -18,6 +18,9 @@ from torch_molere.calls import logits_of
 from torch_molere.samples import Samples
 from torch_molere.signals import Signals, signal_network, start_at
 
+GROUP_SCALE = 10.0
+"""Of the scores of :class:`GroupWeighting`."""
+
 
 class SignalWeighting(nn.Module):
     """Weights from detached signals of each instance, through one hidden layer and a sigmoid (Meta-Weight-Net's form;
@@ -130,6 +133,59 @@ class FreeWeighting(nn.Module):
                 "FreeWeighting(num_samples) as large as the dataset"
             )
         weights = torch.sigmoid(self.scores(inside).squeeze(1))
+        return weights if rows.device.type == "cpu" else torch.where(rows == inside, weights, torch.nan)
+
+
+class GroupWeighting(nn.Module):
+    """One learned weight for each group of rows: the sources of a mixture of data, for instance.
+
+    All start at 1/2. A weight is ``sigmoid(10 · score)``, so that it moves about as fast as a network's at the same rate.
+    Batches must carry ``indices``.
+
+    Args:
+        group_of_row: ``(N,)`` integers ≥ 0, the group of each row of the dataset.
+
+    Raises:
+        TypeError: if these are no integers.
+        ValueError: if they are not ``(N,)``, or one is negative.
+    """
+
+    group_of_row: Tensor
+
+    def __init__(self, group_of_row: Tensor | Sequence[int]) -> None:
+        super().__init__()
+        groups = torch.as_tensor(group_of_row)
+        if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+            raise TypeError(f"group_of_row must be integers, got {groups.dtype}; number the groups from 0")
+        if groups.ndim != 1 or len(groups) == 0 or int(groups.min()) < 0:
+            raise ValueError(f"group_of_row must be (N,) numbers ≥ 0, one for each row, got {groups!r:.60}")
+        self.register_buffer("group_of_row", groups.long(), persistent=False)
+        self.scores = nn.Parameter(torch.zeros(int(groups.max()) + 1))
+
+    @property
+    def weights(self) -> Tensor:
+        """``(G,)`` the groups' weights, their mean over the rows of the dataset one."""
+        with torch.no_grad():
+            weights = torch.sigmoid(GROUP_SCALE * self.scores)
+            return weights / weights[self.group_of_row].mean()
+
+    def forward(self, samples: Samples) -> Tensor:
+        """``(B,)`` weights in (0, 1). On an accelerator, which is not waited for, a row out of range gets NaN.
+
+        Raises:
+            ValueError: if the batch has no indices, or (on the CPU) one is out of range.
+        """
+        if samples.indices is None:
+            raise ValueError("GroupWeighting needs the rows' indices: step((inputs, targets, indices))")
+        count = len(self.group_of_row)
+        rows = samples.indices.to(self.scores.device)
+        inside = rows.clamp(0, count - 1)
+        if rows.device.type == "cpu" and not torch.equal(rows, inside):
+            raise ValueError(
+                f"indices must lie in [0, {count}), got {int(rows[rows != inside][0])}; group_of_row must have a group "
+                "for each row of the dataset"
+            )
+        weights = torch.sigmoid(GROUP_SCALE * self.scores[self.group_of_row[inside]])
         return weights if rows.device.type == "cpu" else torch.where(rows == inside, weights, torch.nan)
 
 

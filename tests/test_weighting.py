@@ -167,7 +167,7 @@ def test_rows_of_a_group_weigh_alike():
 
 
 def test_groups_that_are_refused():
-    with pytest.raises(TypeError, match="group_of_row must be integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"group_of_row must be integers, got torch\.float32"):
         GroupWeighting(torch.zeros(3))
     for wrong in ([0, -1], [], [[0], [1]]):
         with pytest.raises(ValueError, match="group_of_row must be"):

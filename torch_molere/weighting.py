@@ -139,7 +139,7 @@ class FreeWeighting(nn.Module):
 class GroupWeighting(nn.Module):
     """One learned weight for each group of rows: the sources of a mixture of data, for instance.
 
-    All start at 1/2. A weight is ``sigmoid(10 · score)``, so that it moves about as fast as a network's at the same rate.
+    All start at 1/2. A weight is ``sigmoid(10 · score)``, so that it moves about as fast as a network's output does.
     Batches must carry ``indices``.
 
     Args:

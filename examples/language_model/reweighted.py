@@ -87,7 +87,7 @@ def main(argv=None):
     if args.compile:
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    options = {"weighting": GroupWeighting(source), "validation": target_loader}
+    options = {"weighting": GroupWeighting(source), "validation": target_loader, "shrinkage": None}
     criterion = MetaReweighter(model, optimizer, loss_fn=sequence_loss, **options).criterion
     losses = []
     for _ in range(args.epochs):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from oracle import Given, NoForwardRule, World, data, deviation, net, plain_loop, reweighter_of, world_of
 from torch import nn
@@ -220,6 +222,44 @@ def test_a_compiled_model_that_was_called_before_the_bare_one_was_wrapped():
     compiled(world.batch[0])
     reweighter = reweighter_of(world)
     with pytest.raises(RuntimeError, match="the compiled or DDP-wrapped one"):
+        reweighter.loss(compiled(world.batch[0]), world.batch[1])
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's own compiler needs g++")
+@pytest.mark.parametrize("called", ["before", "after"])
+def test_a_model_that_is_compiled_by_default(called, request):
+    """Its backward gives its buffers away, which the check cannot have: PyTorch is told so. The hooks make it compile
+    anew, so that it may have been called before."""
+    torch._dynamo.reset()
+    before, torch._functorch.config.donated_buffer = torch._functorch.config.donated_buffer, True
+    request.addfinalizer(lambda: setattr(torch._functorch.config, "donated_buffer", before))
+    world, plain = (world_of(net(nn.GELU(), nn.Linear(7, 7), nn.GELU())) for _ in range(2))
+    model = torch.compile(world.model)
+    if called == "before":
+        torch.nn.functional.cross_entropy(model(world.batch[0]), world.batch[1]).backward()
+        world.optimizers[0].zero_grad()
+    reweighter = MetaReweighter(
+        model, world.optimizers, weighting=Given(), validation=[world.validation], every=1, warmup_steps=0
+    )
+    reference = reweighter_of(plain)
+    for _ in range(2):
+        reweighter.step(world.batch)
+        reference.step(plain.batch)
+    found, expected = reweighter.result.meta_gradient, reference.result.meta_gradient
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's own compiler needs g++")
+def test_a_model_compiled_by_default_while_the_bare_one_is_wrapped(request):
+    torch._dynamo.reset()
+    before, torch._functorch.config.donated_buffer = torch._functorch.config.donated_buffer, True
+    request.addfinalizer(lambda: setattr(torch._functorch.config, "donated_buffer", before))
+    world = world_of(net(nn.GELU(), nn.Linear(7, 7), nn.GELU()))
+    reweighter = reweighter_of(world)
+    compiled = torch.compile(world.model)
+    with pytest.raises(RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer = False"):
         reweighter.loss(compiled(world.batch[0]), world.batch[1])
     torch._dynamo.reset()
 

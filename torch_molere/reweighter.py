@@ -26,7 +26,7 @@ from torch_molere.history import SampleHistory
 from torch_molere.hooks import Attachment, unwrapped
 from torch_molere.hypergradients import Engine, trained_parameters
 from torch_molere.hypergradients.check import EngineChoice
-from torch_molere.hypergradients.functional import Call, preserved_randomness
+from torch_molere.hypergradients.functional import Call, keep_backward_buffers, preserved_randomness
 from torch_molere.hypergradients.update import check_differentiable, differentiable_optimizer, maximizes
 from torch_molere.interrupts import uninterrupted
 from torch_molere.losses import CorrectFn, LossFn, PerSampleLoss
@@ -153,6 +153,7 @@ class MetaReweighter:
             check_differentiable(each)
         check_apart(self.optimizers)
         self._given_optimizers = given
+        keep_backward_buffers(model)
         self.model = model
         self.network = unwrapped(model)
         fsdp.check_sharded(self.network, hypergradient, order)

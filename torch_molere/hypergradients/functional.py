@@ -289,6 +289,18 @@ def run_apart(
             raise
 
 
+def keep_backward_buffers(model: nn.Module) -> None:
+    """Let a compiled model's backward be run twice, as the check against reverse mode does.
+
+    PyTorch's compiler reuses buffers of backward ("donated buffers") unless it is told not to, for the whole process.
+    """
+    modules = [model, *model.modules()]
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
+        from torch._functorch import config
+
+        config.donated_buffer = False  # type: ignore[attr-defined]
+
+
 def gradients_apart(
     modules: Sequence[nn.Module],
     outputs: Any,
@@ -305,7 +317,16 @@ def gradients_apart(
             )
         )
 
-    gradients = run_apart(modules, [], [], run)
+    try:
+        gradients = run_apart(modules, [], [], run)
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise RuntimeError(
+            "the model was compiled so that its backward runs once, and the check against reverse mode runs it once "
+            "more: give MetaReweighter the compiled model, or set torch._functorch.config.donated_buffer = False before "
+            "its first call"
+        ) from error
     refuse_sparse(gradients)
     return gradients
 

@@ -16,6 +16,7 @@ from oracle import Given, NoForwardRule, World, data, deviation, net, plain_loop
 from torch import nn
 
 from torch_molere import MetaReweighter, ValidationBuffer
+from torch_molere.hypergradients.functional import gradients_apart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = 1e-5
@@ -251,17 +252,21 @@ def test_a_model_that_is_compiled_by_default(called, request):
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's own compiler needs g++")
-def test_a_model_compiled_by_default_while_the_bare_one_is_wrapped(request):
-    torch._dynamo.reset()
-    before, torch._functorch.config.donated_buffer = torch._functorch.config.donated_buffer, True
-    request.addfinalizer(lambda: setattr(torch._functorch.config, "donated_buffer", before))
-    world = world_of(net(nn.GELU(), nn.Linear(7, 7), nn.GELU()))
-    reweighter = reweighter_of(world)
-    compiled = torch.compile(world.model)
-    with pytest.raises(RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer = False"):
-        reweighter.loss(compiled(world.batch[0]), world.batch[1])
-    torch._dynamo.reset()
+def test_a_backward_that_runs_once_is_refused_with_the_remedy():
+    """As PyTorch's compiler says it."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            raise RuntimeError("This backward function was compiled with non-empty donated buffers which requires ...")
+
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer = False before"):
+        gradients_apart([nn.Linear(1, 1)], Once.apply(x).sum(), [x])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

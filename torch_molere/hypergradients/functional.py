@@ -324,8 +324,8 @@ def gradients_apart(
             raise
         raise RuntimeError(
             "the model was compiled so that its backward runs once, and the check against reverse mode runs it once "
-            "more: give MetaReweighter the compiled model, or set torch._functorch.config.donated_buffer = False before "
-            "its first call"
+            "more: give MetaReweighter the compiled model, or set torch._functorch.config.donated_buffer = False "
+            "before its first call"
         ) from error
     refuse_sparse(gradients)
     return gradients

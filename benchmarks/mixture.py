@@ -76,6 +76,19 @@ def table(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def section(folder: Path) -> str:
+    """The experiment's part of the page of results; empty where it has not been run."""
+    if not (folder / "results.csv").exists():
+        return ""
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = (
+        "## `mixture`\n\nA small GPT on texts of three sources, of which one is the target domain's, in equal parts. Can one "
+        f"learned weight for each source find the mixture that serves the target domain? {about['sequences']:,} texts, "
+        f"{about['epochs']} epochs; `{about['made_by']['command']}`.\n\n"
+    )
+    return text + table(pd.read_csv(folder / "results.csv")) + "\n"
+
+
 def run(
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     sequences: Annotated[int, typer.Option(min=96)] = 3_000,
@@ -94,5 +107,4 @@ def run(
             write(out / "results.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.5g"))
     about = {"sequences": sequences, "epochs": epochs, "made_by": made}
     write(out / "config.json", json.dumps(about, indent=1) + "\n")
-    write(out / "README.md", "# A learned mixture of data\n\n" + table(pd.DataFrame(rows)))
     typer.echo(table(pd.DataFrame(rows)))

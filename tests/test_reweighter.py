@@ -109,6 +109,7 @@ class Lookahead:
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be an integer ≥ 0, got -1"),
         ({"hypergradient": "exact"}, ValueError, "hypergradient must be one of .* got 'exact'"),
         ({"hypergradient": "unrolled"}, ValueError, "hypergradient must be one of"),
+        ({"weighting": OnlineWeighting(decay=0.0)}, ValueError, "which there are only in order='before'"),
         ({"order": "during"}, ValueError, "order must be 'after' or 'before', got 'during'"),
         ({"shrinkage": -0.1}, ValueError, "shrinkage must be a number ≥ 0, None or 'auto', got -0.1"),
         ({"shrinkage": "strong"}, ValueError, "shrinkage must be"),

@@ -42,7 +42,7 @@ from torch_molere.step import commit, plan_loss
 from torch_molere.validation.buffer import ValidationBuffer
 from torch_molere.validation.fixed import FixedValidation
 from torch_molere.validation.source import ValidationSource
-from torch_molere.weighting import InputWeighting, SignalWeighting
+from torch_molere.weighting import InputWeighting, OnlineWeighting, SignalWeighting
 
 logger = logging.getLogger("torch_molere")
 
@@ -138,6 +138,11 @@ class MetaReweighter:
             raise ValueError(f"hypergradient must be one of {STEP_ENGINES}, got {hypergradient!r}")
         if order not in ("after", "before"):
             raise ValueError(f"order must be 'after' or 'before', got {order!r}")
+        if order == "after" and isinstance(weighting, OnlineWeighting) and weighting.meta_decay == 0.0:
+            raise ValueError(
+                "OnlineWeighting(decay=0) knows the meta-gradients of the present batch alone, which there are only in "
+                "order='before'; pass that, or a decay above 0"
+            )
         check_count("every", every, 1)
         check_count("warmup_steps", warmup_steps, 0)
         check_count("seed", seed, 0)

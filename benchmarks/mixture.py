@@ -82,9 +82,9 @@ def section(folder: Path) -> str:
         return ""
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = (
-        "## `mixture`\n\nA small GPT on texts of three sources, of which one is the target domain's, in equal parts. Can one "
-        f"learned weight for each source find the mixture that serves the target domain? {about['sequences']:,} texts, "
-        f"{about['epochs']} epochs; `{about['made_by']['command']}`.\n\n"
+        "## `mixture`\n\nA small GPT on texts of three sources, of which one is the target domain's, in equal parts. "
+        "Can one learned weight for each source find the mixture that serves the target domain? "
+        f"{about['sequences']:,} texts, {about['epochs']} epochs; `{about['made_by']['command']}`.\n\n"
     )
     return text + table(pd.read_csv(folder / "results.csv")) + "\n"
 

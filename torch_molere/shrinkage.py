@@ -12,7 +12,7 @@ from torch_molere.arguments import is_number
 Given = float | Literal["auto"] | None
 
 REPEATED = 0.03
-"""λ times the repeated share, with "auto"; chosen on rows held out of training (the study ``choose``)."""
+"""λ times the repeated share, with "auto"; set in a trial on rows held out of training."""
 
 START = 0.1
 """The repeated share that is believed before there is evidence."""

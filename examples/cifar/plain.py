@@ -18,8 +18,8 @@ def loaders(args):
     augmented = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *to_tensor])
     if args.data == "fake":
         train, test = (
-            datasets.FakeData(24, (3, 32, 32), 10, augmented),
-            datasets.FakeData(8, (3, 32, 32), 10, v2.Compose(to_tensor)),
+            datasets.FakeData(12, (3, 32, 32), 10, augmented),
+            datasets.FakeData(6, (3, 32, 32), 10, v2.Compose(to_tensor)),
         )
     else:
         train = datasets.CIFAR10(args.data, train=True, download=True, transform=augmented)

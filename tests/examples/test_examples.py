@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / "examples"
 LINES = 5
 ARGUMENTS = {
     "mnist": ["--data", "fake", "--epochs", "2", "--batch-size", "16"],
-    "cifar": ["--data", "fake", "--epochs", "2", "--batch-size", "6", "--workers", "0"],
+    "cifar": ["--data", "fake", "--epochs", "2", "--batch-size", "3", "--workers", "0"],
     "tables": ["--epochs", "2"],
     "lightning": ["--epochs", "2"],
     "finetune": [

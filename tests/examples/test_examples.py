@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / "examples"
 LINES = 5
 ARGUMENTS = {
     "mnist": ["--data", "fake", "--epochs", "2", "--batch-size", "16"],
-    "cifar": ["--data", "fake", "--epochs", "2", "--batch-size", "3", "--workers", "0"],
+    "cifar": ["--data", "fake", "--epochs", "1", "--batch-size", "3", "--workers", "0"],
     "tables": ["--epochs", "2"],
     "lightning": ["--epochs", "2"],
     "finetune": [
@@ -132,13 +132,14 @@ def test_few_lines_differ(name):
 def test_a_cifar_run_is_resumed_bit_for_bit(tmp_path, images, made, monkeypatch):
     _, options = made
     options(warmup_steps=2, every=2)
-    whole = run("cifar", "reweighted", tmp_path / "whole", images)
+    two = ["--epochs", "2"]
+    whole = run("cifar", "reweighted", tmp_path / "whole", images, two)
     save = torch.save
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(torch, "save", lambda state, path: stopped() if state.get("epoch") == 1 else save(state, path))
-        run("cifar", "reweighted", tmp_path / "parts", images)
+        run("cifar", "reweighted", tmp_path / "parts", images, two)
     torch.manual_seed(99)
-    rest = run("cifar", "reweighted", tmp_path / "parts", images, ["--resume"])
+    rest = run("cifar", "reweighted", tmp_path / "parts", images, [*two, "--resume"])
     assert rest == whole[len(whole) // 2 :] and len(rest) == 4
 
 

@@ -159,7 +159,7 @@ def test_overflows_of_a_scaler_on_the_way():
     learned = reweighter.weighting.state_dict()
     assert all(torch.isfinite(value).all() for value in learned.values())
     assert not torch.equal(learned["network.1.weight"], phi["network.1.weight"])
-    assert not reweighter.pending
+    assert not reweighter.attachment.active
 
 
 # Sizes
@@ -265,7 +265,7 @@ def test_a_splitter_of_too_few_classes_changes_nothing(warmup):
     for _ in range(warmup):
         reweighter.step(batch())
     assert_refused(reweighter, batch(), RuntimeError, "out of bounds")
-    assert not reweighter.pending
+    assert not reweighter.attachment.active
 
 
 def test_a_weighting_that_finds_nothing_takes_no_step():

@@ -325,8 +325,8 @@ def test_what_failed_holds_no_memory():
     faults.arm("forward", 2, ERRORS[0])
     with pytest.raises(KeyboardInterrupt):
         world.step(3)
-    world.reweighter.forget()
-    assert world.reweighter.pending == []
+    world.reweighter.attachment.forget()
+    assert world.reweighter.attachment.active == []
 
 
 # A real Ctrl-C.

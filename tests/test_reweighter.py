@@ -553,7 +553,7 @@ def test_copies_of_model_and_criterion_are_plain(way):
     loss = other.training_step(x, y)
     assert torch.equal(loss, F.cross_entropy(other(x), y, label_smoothing=0.1))
     loss.backward()
-    assert reweighter.pending == []
+    assert reweighter.attachment.active == []
     assert reweighter.steps == 0
 
 
@@ -675,7 +675,7 @@ def test_check_changes_nothing(order, validation, steps):
             before = everything(reweighter)
             text = reweighter.check(batch(50))
             assert_same(everything(reweighter), before)
-            assert reweighter.pending == []
+            assert reweighter.attachment.active == []
             for part in ("engine: 'finite'", "from reverse mode", "reached: 6 of 6", "rows are trained on too"):
                 assert part in text
             assert re.search(r"cost of a meta-update: \d+\.\d of a plain step, one every 2 steps", text)

@@ -387,12 +387,12 @@ def test_a_malformed_state_loads_or_changes_nothing(kind, data, steps):
         damage(data, state)
     reweighter = reweighter_of(kind, steps)
     reweighter.loss(reweighter.model(batch(7)[0]), *batch(7)[1:]).backward()  # a step is under way
-    before, pending = copy.deepcopy(reweighter.state_dict()), list(reweighter.pending)
+    before, pending = copy.deepcopy(reweighter.state_dict()), list(reweighter.attachment.active)
     try:
         reweighter.load_state_dict(state)
     except ValueError:
         assert_same(reweighter.state_dict(), before)
-        assert reweighter.pending == pending
+        assert reweighter.attachment.active == pending
     else:
         for step in range(2):
             assert torch.isfinite(reweighter.step(batch(step)).loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from torch_molere.hypergradients.update import parameters_of
+from torch_molere.hypergradients.update import check_differentiable, differentiable_optimizer, parameters_of
+from torch_molere.weighting import OnlineWeighting
 
 
 def parts_of(batch: Any) -> tuple[Any, Any, Any]:
@@ -38,11 +40,50 @@ def check_model(model: Any, weighting: Any) -> None:
             raise TypeError(f"model.{name} has sparse gradients, which cannot be differentiated; use sparse=False")
 
 
-def check_apart(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse parameters that several optimizers hold."""
+def check_settings(
+    weighting: Any,
+    weighting_lr: Any,
+    every: Any,
+    warmup_steps: Any,
+    order: Any,
+    max_weight: Any,
+    correct_fn: Any,
+    scaler: Any,
+    seed: Any,
+) -> None:
+    """Refuse arguments of a ``MetaReweighter`` that are out of their range."""
+    if correct_fn is not None and not callable(correct_fn):
+        raise TypeError(f"correct_fn must be callable, got {type(correct_fn).__name__}")
+    if scaler is not None and not hasattr(scaler, "unscale_"):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if order not in ("after", "before"):
+        raise ValueError(f"order must be 'after' or 'before', got {order!r}")
+    if order == "after" and isinstance(weighting, OnlineWeighting) and weighting.meta_decay == 0.0:
+        raise ValueError(
+            "OnlineWeighting(decay=0) knows the meta-gradients of the present batch alone, which there are only in "
+            "order='before'; pass that, or a decay above 0"
+        )
+    check_count("every", every, 1)
+    check_count("warmup_steps", warmup_steps, 0)
+    check_count("seed", seed, 0)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be less than 2**63, got {seed}")
+    if max_weight is not None and not (is_number(max_weight) and 1.0 <= max_weight < math.inf):
+        raise ValueError(f"max_weight must be at least 1 (the mean weight) or None, got {max_weight!r}")
+    if not (is_number(weighting_lr) and 0.0 < weighting_lr < math.inf):
+        raise ValueError(f"weighting_lr must be a positive number, got {weighting_lr!r}")
+
+
+def check_optimizers(given: Sequence[Any]) -> list[Optimizer]:
+    """The optimizers inside the wrappers that are seen through; refuses what cannot be differentiated, and parameters
+    that several of them hold."""
+    optimizers = [differentiable_optimizer(each) for each in given]
+    for each in optimizers:
+        check_differentiable(each)
     held = [set(parameters_of(optimizer)) for optimizer in optimizers]
     if sum(map(len, held)) > len(set().union(*held)):
         raise ValueError("several optimizers hold the same parameters; each parameter must be in exactly one of them")
+    return optimizers
 
 
 def is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of a whole batch: the dry run of ``check(batch)``, and what is looked at once or from step to step."""
+"""Checks of a whole batch: the dry run of ``check(batch)``, and of what validation will be made of."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from torch_molere.calls import arguments_of, device_of
 from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import averaged
 from torch_molere.hypergradients.functional import Call, ModuleState, observed, preserved_randomness, run_apart
-from torch_molere.losses import constants_of
 from torch_molere.meta_update import meta_update_of
 from torch_molere.plan import make_plan
-from torch_molere.splitting import RandomSplitter
 from torch_molere.validation.fixed import FixedValidation
 from torch_molere.validation.source import Drawn
 from torch_molere.validation.store import first_half, size_of
@@ -30,15 +28,15 @@ def dry_run(r: MetaReweighter, inputs: Any, targets: Any, indices: Any) -> str:
     """A few lines on what will be used; raises what the first meta-update would raise."""
     model, device = r.model, device_of(r.model)
     state = ModuleState((model, *r.criterion_of_training.modules), values=True)
-    engines, result = r.engines, r.result
+    engines, result, calls = r.engines, r.result, r.attachment.calls
     positional, named = arguments_of(inputs)
-    with preserved_randomness(device), r.checking():
+    with preserved_randomness(device):
         try:
-            r.engines = copy.copy(engines)
+            r.checking, r.engines = True, copy.copy(engines)
             started = time.perf_counter()
             with torch.enable_grad():
                 outputs = model(*positional, **named)
-            call, select = r.call_of(outputs)
+            call, select = r.attachment.call_of(outputs)
             _synchronize(device)
             forward = time.perf_counter() - started
             plan, loss, _ = make_plan(r, call, select, outputs, targets, indices, check=True)
@@ -56,7 +54,7 @@ def dry_run(r: MetaReweighter, inputs: Any, targets: Any, indices: Any) -> str:
             cost = (time.perf_counter() - started) / plain
         finally:
             state.apply()
-            r.engines, r.result = engines, result
+            r.checking, r.engines, r.result, r.attachment.calls = False, engines, result, calls
     if update is None:
         raise RuntimeError("engines disagree along the direction of the meta-gradient; pass hypergradient='reverse'")
     reached = sum(gradient is not None for gradient in gradients)
@@ -138,43 +136,3 @@ def check_batch(r: MetaReweighter, call: Call, select: Callable[[Any], Any], tar
     if found != (found if expected is None else expected):
         raise ValueError(f"{what} gave {found} losses, not {expected}; {advice}")
     r.batch_checked = True
-
-
-LABELS_EVERY = 100
-"""Meta-updates from one look at the labels to the next."""
-
-DOUBTED, MANY = -0.5, 0.15
-"""A row is doubted whose running margin is below the first; a share of rows above the second is many."""
-
-
-def watch_labels(r: MetaReweighter) -> None:
-    """Say so if validation is drawn by hardness and many rows look wrong: those are what hard rows then are."""
-    splitter = getattr(r.validation, "splitter", None)
-    if r.meta_updates % LABELS_EVERY or splitter is None or isinstance(splitter, RandomSplitter):
-        return
-    if getattr(splitter, "sharpness", 1.0) <= 0.0:
-        return
-    share = r.history.share_below(DOUBTED)
-    if share > MANY:
-        r.say_once(
-            "labels",
-            f"{100 * share:.0f} % of the rows are predicted as another class with certainty (running margin below "
-            f"{DOUBTED}): if their labels are wrong, validation by hardness is drawn from wrong labels. Give trusted "
-            "rows as validation=, or take ValidationBuffer(splitter=RandomSplitter()) or MarginSplitter(trim=...); "
-            "reweighter.history shows the rows",
-        )
-
-
-def watch_constants(r: MetaReweighter) -> None:
-    """Say so if the loss function keeps numbers that change: held instances are validated with the present ones."""
-    constants = constants_of(r.criterion_of_training.loss_fn)
-    before, r.constants = r.constants, constants
-    changed = [name for name, value in (before or {}).items() if constants.get(name, value) != value]
-    if changed and not r.validation.trusted:
-        r.say_once(
-            "constants",
-            f"loss_fn keeps numbers that change from step to step ({', '.join(changed)}): instances held in the "
-            "validation buffer are validated with the present ones, not those of their batch. If that is the lam of "
-            "MixUp, give it with the targets, as a (B,) tensor: targets = (first, second, lam), and a loss_fn that "
-            "reads them",
-        )

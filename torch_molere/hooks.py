@@ -16,9 +16,13 @@ from torch.utils.hooks import RemovableHandle
 from torch_molere.distributed import fsdp
 from torch_molere.hypergradients.functional import Call, apart
 from torch_molere.hypergradients.update import overflowed, parameters_of, refuse_sparse
+from torch_molere.messages import say_end
+from torch_molere.step import after_step, before_step
 
 if TYPE_CHECKING:
+    from torch_molere.hypergradients.check import EngineChoice
     from torch_molere.meta_update import MetaUpdate
+    from torch_molere.metrics import Tally
     from torch_molere.plan import Plan
 
 logger = logging.getLogger("torch_molere")
@@ -43,8 +47,7 @@ class Attachment:
     these gradients are. Everything is held until the optimizer has stepped, and then committed.
 
     Args:
-        owner: a reweighter; held weakly, with ``_plan_is_due()``, ``_differentiate(plans, raw)`` and
-            ``_commit(plans, update)``.
+        owner: a reweighter; held weakly.
         model: as the loop calls it.
         modules: whose state a call is repeated from.
         device: where the model lies.
@@ -99,7 +102,7 @@ class Attachment:
             return
         if len(self._open) >= CALLS:
             self._open.clear()  # of forwards that failed
-        repeatable = owner._plan_is_due()
+        repeatable = owner.checking or owner.meta_update_is_due
         self._open.append(Call(model, self._device, (positional, named), self._modules if repeatable else None))
 
     def _returned(self, model: nn.Module, positional: Any, named: Any, outputs: Any) -> None:
@@ -206,7 +209,7 @@ class Attachment:
             refuse_sparse(p.grad for p in parameters_of(optimizer))
         if plans and self._awaited:
             self._awaited = {}
-            owner.say_once(
+            owner.messages.once(
                 "unstepped",
                 "a meta-update looked ahead at one step of every optimizer, but not all of them have stepped since: "
                 "give MetaReweighter those that always step together",
@@ -221,7 +224,7 @@ class Attachment:
             )
         self.forget(calls=False)
         if plans and not overflowed(optimizer):
-            update = owner._differentiate(plans, raw)
+            update = before_step(owner, plans, raw)
             self._stepping = optimizer, plans, update
             if update is not None:
                 others = [other for other in self._optimizers if other is not optimizer]
@@ -234,7 +237,7 @@ class Attachment:
         (_, plans, update), self._stepping, self.calls = self._stepping, None, []
         owner = self._owner()
         if owner is not None:
-            owner._commit(plans, update)
+            after_step(owner, plans, update)
 
     def forget(self, calls: bool = True) -> None:
         """Drop every pending loss, and the calls that may get one."""
@@ -243,6 +246,13 @@ class Attachment:
         self.active, self._raw, self._stepping, self._listening = [], None, None, []
         if calls:
             self.calls, self._open = [], []
+
+
+def end(handles: Sequence[RemovableHandle], tally: Tally, engines: EngineChoice) -> None:
+    """Take the hooks off, and say whether anything was done. What is given here must not hold the reweighter."""
+    for handle in handles:
+        handle.remove()
+    say_end(tally, engines)
 
 
 def _versions(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None, int]]:

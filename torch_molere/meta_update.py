@@ -199,7 +199,7 @@ def meta_update_of(
     seed = r.seed_of(1000)
     drawn = r.validation.draw(first.samples.losses.shape[0], seed) or otherwise
     if drawn is None or not (first.together.ready or otherwise is not None):
-        r.say_once(
+        r.messages.once(
             "empty",
             "no meta-update: the validation buffer holds fewer than two instances so far. It fills at the buffer's "
             "fraction of each batch, and one instance always stays on the training side, so batches of one never fill "
@@ -276,7 +276,7 @@ def _checked_derivative(
                 disagreement = RuntimeError(refusal(r.engines.requested, [cause]))
                 if not (r.engines.proven(found.key) or (found.engine == "reverse" and error < ROUNDED)):
                     raise disagreement
-                r.say_skipped(disagreement)
+                r.messages.skipped(disagreement)
                 plan.skipped = True
                 return None, None
             r.engines.doubt(only_reverse=True)
@@ -352,7 +352,7 @@ def _learned(
     numbers += [fsdp.full(g.coalesce().values() if g.is_sparse else g).sum() for g in gradients or () if g is not None]
     own = [derivative[plan.own] for derivative, plan in zip(derivatives, plans, strict=True)]
     if not bool(torch.isfinite(torch.stack([number.double() for number in numbers])).all()):
-        r.say_once("nonfinite", "skipped a meta-update: the validation loss or its gradient is not finite")
+        r.messages.once("nonfinite", "skipped a meta-update: the validation loss or its gradient is not finite")
         return MetaUpdate(validated.mean, [], own, [], None, drawn, None, found)
     return MetaUpdate(validated.mean, plans, own, evidence, gradients, drawn, learned, found, held=held)
 

@@ -38,7 +38,8 @@ def metrics_of(r: MetaReweighter) -> dict[str, float]:
       ``at_bound`` (shares), of the latest batch;
     - ``validation/``: ``sent`` (share of the latest batch); of the latest meta-update ``loss``, ``accuracy`` and
       ``classes`` (the effective number of classes, the exponential of their entropy); and what the source tells, for a
-      buffer ``instances``, ``fill`` (share of its capacity) and, with a splitter that learns, ``splitter_loss``;
+      buffer ``instances``, ``fill`` (share of its capacity), ``age`` (steps since they were last sent, their mean) and,
+      with a splitter that learns, ``splitter_loss``;
     - ``meta_gradient/``: ``norm``, ``signal_to_noise`` (|mean| / std over the batch), ``repeated`` (b of
       :class:`~torch_molere.shrinkage.Shrinkage`);
     - ``check/error``: of the last comparison with reverse mode, relative.

@@ -122,7 +122,8 @@ def make_plan(
                 "the model writes to its inputs in place, so that its forward cannot be repeated; clone them at its "
                 "start (x = x.clone()) or use operations that are not in place"
             )
-        fsdp.check_synchronised(r.network)
+        if r.sharded is not None:
+            fsdp.check_synchronised(r.network)
         r.start()
         losses = r.criterion_of_training(outputs, targets)
         size = losses.shape[0]
@@ -133,7 +134,7 @@ def make_plan(
         samples = samples_of(r, call.arguments, outputs, targets, losses.detach(), rows, row_list)
         warming_up = r.warming_up and not check
         meta = call.repeatable and (check or (r.meta_update_is_due and not warming_up and not r.engines.resting))
-        number = len(r.pending)
+        number = len(r.attachment.active)
         with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(number)) as statistics:
             with torch.no_grad():
                 p = r.validation.probabilities(samples, warming_up)
@@ -197,7 +198,7 @@ def _split(
     flags = [False] * size
     sent: list[int] = []
     if all(map(math.isfinite, losses)):
-        sent = r.validation.choose(samples, probabilities, rows, classes, r.decided_rows())
+        sent = r.validation.choose(samples, probabilities, rows, classes, _decided_rows(r))
     for position in sent:
         flags[position] = True
     if ranks() == 1:
@@ -228,6 +229,15 @@ def _split(
         return everyone, together, None, own, len(together.sent), sending, mask, equal
     held = torch.tensor(out).to(raw.device, non_blocking=True)
     return everyone, together, ~held, own, out.count(False), sending, held[own], False
+
+
+def _decided_rows(r: MetaReweighter) -> dict[int, bool]:
+    """Rows that pending losses of this step have: whether they are sent to validation."""
+    return {
+        row: row in plan.sending.sent_rows
+        for plan in r.attachment.active
+        for row in (*plan.sending.sent_rows, *plan.sending.trained_rows)
+    }
 
 
 def _exchange(
@@ -357,7 +367,7 @@ def _find_engine(r: MetaReweighter, plan: Plan, losses: Tensor, weights: Tensor)
                     isinstance(error, LostInRoundingError) or r.engines.proven(key)
                 ):
                     raise
-                r.say_skipped(error)
+                r.messages.skipped(error)
                 plan.replay, plan.skipped = None, True
                 return
     else:
@@ -389,7 +399,7 @@ def _check_owners(r: MetaReweighter, losses: Tensor) -> None:
     held_ids = {id(parameter) for parameter in held}
     unheld = [name for name, p in r.network.named_parameters() if id(p) in reached and id(p) not in held_ids]
     if unheld:
-        r.say_once(
+        r.messages.once(
             "unheld",
             f"no optimizer of this MetaReweighter holds {len(unheld)} parameters of the model that get gradients "
             f"({', '.join(unheld[:3])}): the meta-gradient takes them as constant. Freeze them, or give all optimizers "

@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import math
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_molere.arguments import check_apart, check_count, check_model, is_number, parts_of
+from torch_molere.arguments import check_model, check_optimizers, check_settings, parts_of
 from torch_molere.calls import arguments_of, device_of
-from torch_molere.checks import check_batch, dry_run, watch_constants, watch_labels
+from torch_molere.checks import check_batch, dry_run
 from torch_molere.criterion import Criterion
 from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import Gather, broadcast, rank
 from torch_molere.history import SampleHistory
-from torch_molere.hooks import Attachment, unwrapped
+from torch_molere.hooks import Attachment, end, unwrapped
 from torch_molere.hypergradients import Engine, trained_parameters
 from torch_molere.hypergradients.check import EngineChoice
-from torch_molere.hypergradients.functional import Call, keep_backward_buffers, preserved_randomness
-from torch_molere.hypergradients.update import check_differentiable, differentiable_optimizer, maximizes
-from torch_molere.interrupts import uninterrupted
+from torch_molere.hypergradients.functional import keep_backward_buffers, preserved_randomness
+from torch_molere.hypergradients.update import maximizes
 from torch_molere.losses import CorrectFn, LossFn, PerSampleLoss
-from torch_molere.meta_update import ONE_LOSS, MetaUpdate, differentiate
-from torch_molere.metrics import Latest, Tally, metrics_of
+from torch_molere.messages import Messages
+from torch_molere.meta_update import ONE_LOSS
+from torch_molere.metrics import Tally, metrics_of
 from torch_molere.networks import OptimizerFactory, optimizer_of, with_statistics
-from torch_molere.plan import Plan
+from torch_molere.paper import paper_arguments
 from torch_molere.result import StepResult, result_of
 from torch_molere.shrinkage import Shrinkage
-from torch_molere.splitting import LearnedSplitter
 from torch_molere.state import load, state_of
-from torch_molere.step import commit, plan_loss
+from torch_molere.step import plan_loss
 from torch_molere.validation.buffer import ValidationBuffer
 from torch_molere.validation.fixed import FixedValidation
 from torch_molere.validation.source import ValidationSource
-from torch_molere.weighting import InputWeighting, OnlineWeighting, SignalWeighting
-
-logger = logging.getLogger("torch_molere")
+from torch_molere.weighting import SignalWeighting
 
 Order = Literal["after", "before"]
 
@@ -130,34 +121,11 @@ class MetaReweighter:
         seed: int = 0,
     ) -> None:
         check_model(model, weighting)
-        if correct_fn is not None and not callable(correct_fn):
-            raise TypeError(f"correct_fn must be callable, got {type(correct_fn).__name__}")
-        if scaler is not None and not hasattr(scaler, "unscale_"):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+        check_settings(weighting, weighting_lr, every, warmup_steps, order, max_weight, correct_fn, scaler, seed)
         if hypergradient not in STEP_ENGINES:
             raise ValueError(f"hypergradient must be one of {STEP_ENGINES}, got {hypergradient!r}")
-        if order not in ("after", "before"):
-            raise ValueError(f"order must be 'after' or 'before', got {order!r}")
-        if order == "after" and isinstance(weighting, OnlineWeighting) and weighting.meta_decay == 0.0:
-            raise ValueError(
-                "OnlineWeighting(decay=0) knows the meta-gradients of the present batch alone, which there are only in "
-                "order='before'; pass that, or a decay above 0"
-            )
-        check_count("every", every, 1)
-        check_count("warmup_steps", warmup_steps, 0)
-        check_count("seed", seed, 0)
-        if seed >= 2**63:
-            raise ValueError(f"seed must be less than 2**63, got {seed}")
-        if max_weight is not None and not (is_number(max_weight) and 1.0 <= max_weight < math.inf):
-            raise ValueError(f"max_weight must be at least 1 (the mean weight) or None, got {max_weight!r}")
-        if not (is_number(weighting_lr) and 0.0 < weighting_lr < math.inf):
-            raise ValueError(f"weighting_lr must be a positive number, got {weighting_lr!r}")
-        given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-        self.optimizers: list[Optimizer] = [differentiable_optimizer(each) for each in given]
-        for each in self.optimizers:
-            check_differentiable(each)
-        check_apart(self.optimizers)
-        self._given_optimizers = given
+        self._given_optimizers: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self.optimizers = check_optimizers(self._given_optimizers)
         keep_backward_buffers(model)
         self.model = model
         self.network = unwrapped(model)
@@ -167,10 +135,9 @@ class MetaReweighter:
             self.criterion_of_training if val_loss_fn is None else PerSampleLoss(val_loss_fn, "val_loss_fn")
         )
         self.sign = -1.0 if maximizes(self.optimizers) and val_loss_fn is None else 1.0
-        self._sharded_owners: list[nn.Parameter] | None = None
+        self.sharded: list[nn.Parameter] | None = None  # the parameters that FSDP2 has split
         owners = self.owners()  # refuses an optimizer of another model
-        if fsdp.any_sharded(owners):
-            self._sharded_owners = owners
+        self.sharded = owners if fsdp.any_sharded(owners) else None
         self.correct_fn = correct_fn
         self.scaler = scaler
         self.order = order
@@ -203,16 +170,14 @@ class MetaReweighter:
             "shrinkage": shrinkage,
             "max_weight": max_weight,
         }
-        self._started = self._checking = self.batch_checked = False
-        self.constants: dict[str, float] | None = None
-        self._said: set[str] = set()
-        self._first_rows: tuple[int, set[int]] | None = None
+        self._started = self.checking = self.batch_checked = False
+        self.messages = Messages()
         self._criterion: weakref.ref[Criterion] | None = None
         self.tally = Tally()
         modules = (self.network, *self.criterion_of_training.modules)
-        self._attachment = Attachment(self, model, modules, device, self.optimizers)
+        self.attachment = Attachment(self, model, modules, device, self.optimizers)
         # Hooks hold this object weakly: one that is closed or let go of leaves nothing behind.
-        self._detach = weakref.finalize(self, _end, self._attachment.handles, self.tally, self.engines)
+        self._detach = weakref.finalize(self, end, self.attachment.handles, self.tally, self.engines)
 
     @classmethod
     def as_in_paper(
@@ -240,19 +205,8 @@ class MetaReweighter:
             lr: of φ and Θ.
             **options: further arguments of :class:`MetaReweighter`.
         """
-        sgd = partial(torch.optim.SGD, lr=lr)
-        splitter = LearnedSplitter(network=copy.deepcopy(unwrapped(model)))
-        settings: dict[str, Any] = {
-            "weighting": InputWeighting.from_classifier(unwrapped(model), num_outputs),
-            "weighting_optimizer": sgd,
-            "validation": ValidationBuffer(splitter=splitter, fraction=fraction, hold_out=True, optimizer=sgd),
-            "order": "before",
-            "every": 5,
-            "warmup_steps": warmup_steps,
-            "shrinkage": None,
-            "max_weight": None,
-        }
-        return cls(model, optimizer, **{**settings, **options})
+        arguments = paper_arguments(unwrapped(model), num_outputs, warmup_steps, fraction, lr)
+        return cls(model, optimizer, **{**arguments, **options})
 
     # What users call.
 
@@ -278,7 +232,7 @@ class MetaReweighter:
         # Accelerate's optimizers have a scaler that they step with and update by themselves.
         scaler = self.scaler or next((o.scaler for o in self._given_optimizers if getattr(o, "scaler", None)), None)
         with torch.enable_grad():
-            self._attachment.forget()
+            self.attachment.forget()
             for optimizer in self._given_optimizers:
                 optimizer.zero_grad()
             loss = self.loss(self.model(*positional, **named), targets, indices)
@@ -318,15 +272,14 @@ class MetaReweighter:
             return criterion.mean(outputs, targets, criterion(outputs, targets))
         if not self._detach.alive:
             raise RuntimeError("this MetaReweighter is closed: another one took its place, or close() was called")
-        if self.order == "before" and self._attachment.accumulating():
+        if self.order == "before" and self.attachment.accumulating():
             raise RuntimeError(ONE_LOSS)
-        call, select = self._attachment.call_of(outputs)
+        call, select = self.attachment.call_of(outputs)
         plan, loss = plan_loss(self, call, select, outputs, targets, indices)
         check_batch(self, call, select, targets)
-        self._attachment.watch(plan, loss)
+        self.attachment.watch(plan, loss)
         self.result = result_of([plan], None)
-        if self.constants is None or plan.replay is not None:
-            watch_constants(self)
+        self.messages.of_loss(self.criterion_of_training.loss_fn, self.validation.trusted, plan.replay is not None)
         return loss
 
     def check(self, batch: Any) -> str:
@@ -386,7 +339,7 @@ class MetaReweighter:
                 does not fit; names what differs. Nothing has changed then.
         """
         load(self, state)
-        self.forget()
+        self.attachment.forget()
 
     def close(self) -> None:
         """Take the hooks off model and optimizer; both are then as if they had never been wrapped.
@@ -394,7 +347,7 @@ class MetaReweighter:
         A reweighter that nothing refers to any more does so by itself.
         """
         self._detach()
-        self._attachment.forget()
+        self.attachment.forget()
 
     def __enter__(self) -> MetaReweighter:
         return self
@@ -422,27 +375,14 @@ class MetaReweighter:
 
     def owners(self) -> list[nn.Parameter]:
         """The parameters that are looked ahead at."""
-        if self._sharded_owners is not None:  # after a forward others stand in the modules
-            return [owner for owner in self._sharded_owners if owner.requires_grad]
+        if self.sharded is not None:  # after a forward others stand in the modules
+            return [owner for owner in self.sharded if owner.requires_grad]
         return trained_parameters(self.optimizers, (self.network, *self.criterion_of_training.modules))
-
-    @property
-    def pending(self) -> list[Plan]:
-        """The losses that the next optimizer step is made of so far."""
-        return self._attachment.active
 
     @property
     def meta_update_is_due(self) -> bool:
         """Whether the next step has a meta-update."""
         return not self.warming_up and (self.steps - self.warmup_steps) % self.every == 0
-
-    def decided_rows(self) -> dict[int, bool]:
-        """Rows that pending losses of this step have: whether they are sent to validation."""
-        return {
-            row: row in plan.sending.sent_rows
-            for plan in self.pending
-            for row in (*plan.sending.sent_rows, *plan.sending.trained_rows)
-        }
 
     def seed_of(self, number: int) -> int:
         """A seed for the number-th random draw of the present step, the same if the step is taken again."""
@@ -457,103 +397,5 @@ class MetaReweighter:
         if splitter is not None:
             broadcast(splitter)
         self._started = True
-        if self.steps == 0 and any(optimizer.state for optimizer in self.optimizers):
-            self.say_once(
-                "resumed",
-                "the optimizer has taken steps already, but this MetaReweighter starts anew: if this is a resumed run, "
-                "save reweighter.state_dict() beside the model's and load it too",
-            )
-
-    @contextmanager
-    def checking(self) -> Iterator[None]:
-        """Calls of the model inside are kept as for a meta-update, and forgotten afterwards."""
-        calls, self._checking = self._attachment.calls, True
-        try:
-            yield
-        finally:
-            self._attachment.calls, self._checking = calls, False
-
-    def call_of(self, outputs: Any) -> tuple[Call, Callable[[Any], Any]]:
-        """The call of the model that returned ``outputs``, and what takes them out of what it returned."""
-        return self._attachment.call_of(outputs)
-
-    def forget(self) -> None:
-        """Drop every pending loss."""
-        self._attachment.forget()
-
-    def say_skipped(self, error: RuntimeError) -> None:
-        """Once: no engine agrees with backward any more."""
-        self.say_once(
-            "skipped",
-            "skipped a meta-update, and will skip others like it: no engine agrees with backward at this step. Most "
-            f"likely the batch is fitted, so that its gradients are lost in rounding. {error}",
-        )
-
-    def say_once(self, topic: str, message: str) -> None:
-        """A warning, once."""
-        if topic not in self._said:
-            self._said.add(topic)
-            logger.warning(message)
-
-    def _watch_warmup(self, rows: list[int]) -> None:
-        """Say so once if most rows of the first batch have come again: the warm-up is longer than an epoch."""
-        if self._first_rows is None:
-            self._first_rows = len(rows), set(rows)
-            return
-        size, missing = self._first_rows
-        missing.difference_update(rows)
-        if 2 * len(missing) < size:
-            self.say_once(
-                "warm-up",
-                f"the warm-up is longer than an epoch: rows come again after {self.steps} steps, and weights stay "
-                f"equal for {self.warmup_steps - self.steps} more. A run that ends before them reweights nothing; "
-                "lower warmup_steps if that is so",
-            )
-
-    def _plan_is_due(self) -> bool:
-        return self._checking or self.meta_update_is_due
-
-    def _differentiate(self, plans: list[Plan], raw: Any) -> MetaUpdate | None:
-        started = time.perf_counter()
-        update = differentiate(self, plans, raw)
-        if update is not None:
-            self.tally.seconds += time.perf_counter() - started
-        return update
-
-    def _commit(self, plans: list[Plan], update: MetaUpdate | None) -> None:
-        result = result_of(plans, update)
-        with uninterrupted():
-            commit(self, plans, update)
-            self.result = result
-            self.steps += 1
-        self.tally.steps += 1
-        if update is not None:
-            held = update.held
-            seen = (None, None) if held is None else (held.correct, held.classes)
-            self.tally.latest = Latest(update.val_loss, torch.cat(update.meta_gradients), *seen)
-            if self.meta_updates == 1:
-                logger.info("first meta-update, at step %d, by engine %r", self.steps, self.engine)
-            watch_labels(self)
-        if plans[0].sending.rows is not None:
-            if self.warming_up:
-                self._watch_warmup(plans[0].sending.rows)
-        else:
-            self.say_once(
-                "indices",
-                "batches come without indices, so rows cannot be known again: the weighting has no memory of them and "
-                "reweighter.history stays empty. Use DataLoader(with_indices(dataset)) and pass (inputs, targets, "
-                "indices)",
-            )
-        if self.steps == self.warmup_steps:
-            logger.info("warm-up is over after %d steps: weights are the weighting's own from now on", self.steps)
-
-
-def _end(handles: list[Any], tally: Tally, engines: EngineChoice) -> None:
-    for handle in handles:
-        handle.remove()
-    if tally.steps and not engines.updates:
-        logger.warning(
-            "MetaReweighter did nothing in %d steps: there was no meta-update. warmup_steps is longer than the run, or "
-            "the validation set stayed empty",
-            tally.steps,
-        )
+        if self.steps == 0:
+            self.messages.at_start(self.optimizers)

@@ -8,19 +8,24 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from torch_molere.calls import device_of
 from torch_molere.distributed.collectives import averaged, gathered, ranks
 from torch_molere.hypergradients.functional import Call, gradients_apart
-from torch_molere.meta_update import MetaUpdate, meta_update_of
+from torch_molere.interrupts import uninterrupted
+from torch_molere.meta_update import MetaUpdate, differentiate, meta_update_of
+from torch_molere.metrics import Latest
 from torch_molere.networks import networks_apart, take_step
 from torch_molere.plan import Plan, check_numbers, make_plan, raw_weights, weighted_loss
+from torch_molere.result import result_of
 from torch_molere.weighting import normalised
 
 if TYPE_CHECKING:
@@ -53,7 +58,7 @@ def _before(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: T
     plan.samples = replace(
         plan.samples, meta_gradients=memory.meta_gradients, has_meta_gradient=memory.has_meta_gradient
     )
-    with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(len(r.pending))):
+    with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(len(r.attachment.active))):
         raw = raw_weights(weighting, plan.samples, graph=False)
     everyone = gathered(raw, plan.together.sizes)[0]
     check_numbers([], everyone.tolist(), plan.together.sizes)
@@ -76,6 +81,30 @@ def _stepped(r: MetaReweighter, update: MetaUpdate) -> tuple[MetaUpdate, nn.Modu
     weighting, optimizer = copy.deepcopy((r.weighting, r.weighting_optimizer))
     take_step(weighting, optimizer, update.weighting_gradients)
     return replace(update, weighting_state=(weighting.state_dict(), optimizer.state_dict())), weighting
+
+
+def before_step(r: MetaReweighter, plans: Sequence[Plan], raw: Any) -> MetaUpdate | None:
+    """The meta-update of the step that is about to be taken; None where none is due."""
+    started = time.perf_counter()
+    update = differentiate(r, plans, raw)
+    if update is not None:
+        r.tally.seconds += time.perf_counter() - started
+    return update
+
+
+def after_step(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) -> None:
+    """The optimizer has stepped."""
+    result = result_of(plans, update)
+    with uninterrupted():
+        commit(r, plans, update)
+        r.result = result
+        r.steps += 1
+    r.tally.steps += 1
+    if update is not None:
+        held = update.held
+        seen = (None, None) if held is None else (held.correct, held.classes)
+        r.tally.latest = Latest(update.val_loss, torch.cat(update.meta_gradients), *seen)
+    r.messages.after_step(r, plans[0].sending.rows, update is not None)
 
 
 def commit(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) -> None:

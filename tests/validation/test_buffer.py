@@ -308,7 +308,19 @@ def test_without_rows_instances_stay_until_they_are_replaced():
     for number in range(5):
         found.commit([sending_of(some_samples(8, seed=number), [0, 1])], None, None)
         assert len(found) == min(2 * number + 2, 6)
-    assert found.metrics() == {"instances": 6.0, "fill": 1.0}
+    numbers = found.metrics()
+    assert (numbers["instances"], numbers["fill"]) == (6.0, 1.0)
+
+
+def test_age_is_the_mean_number_of_steps_since_instances_were_sent():
+    found = attached(splitter=Given(), capacity=6)
+    assert found.metrics()["age"] == 0.0
+    for rows in ([0, 9], [1, 9], [0, 2, 9]):  # row 0 is refreshed by the last of them; 9 is never sent
+        found.commit([sending_of(stream_batch(len(rows), 0, rows=rows), range(len(rows) - 1))], None, None)
+    assert found.metrics()["age"] == pytest.approx((1 + 2 + 1) / 3)
+    assert found.store.loaded(found.store.state_dict()).mean_age(3) == found.store.mean_age(3)
+    found.commit([sending_of(stream_batch(2, 0, rows=[8, 9]), [])], None, None)
+    assert found.metrics()["age"] == pytest.approx((2 + 3 + 2) / 3)
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 7])

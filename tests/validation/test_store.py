@@ -342,6 +342,8 @@ def broken(name, change):
         broken("rows", lambda rows: [0.5, *rows[1:]]),
         broken("classes", lambda classes: [*classes, 0]),
         broken("classes", lambda classes: ["a", *classes[1:]]),
+        broken("times", lambda times: times[:-1]),
+        broken("times", lambda times: ["a", *times[1:]]),
         broken("columns", lambda columns: []),
         broken("columns", lambda columns: [columns[0][:-1], columns[1]]),
         broken("columns", lambda columns: [columns[0].repeat(1, 10**4), columns[1]]),

@@ -71,8 +71,6 @@ def check_synchronised(model: nn.Module) -> None:
     Raises:
         RuntimeError: while ``set_requires_gradient_sync(False)`` holds.
     """
-    if not is_sharded(model):
-        return
     for state in _states(model):
         if any(not group.reduce_grads for group in _groups(state)):
             raise RuntimeError(

@@ -263,7 +263,7 @@ class ValidationBuffer(ValidationSource):
                 self._seen.update(classes)
             seed = ((self.seed * 1_000_003 + self._commits) * 1_000_003 + number) % 2**63
             batch = sending.arguments, sending.targets, size
-            self.store.insert(*batch, sending.sent, sending.rows, classes, seed, shares)
+            self.store.insert(*batch, sending.sent, sending.rows, classes, seed, shares, self._commits)
             leaving |= self.store.held_among(sending.trained_rows) | self.store.held_among(sending.sent_rows)
             if sending.rows is not None:
                 own.update(sending.rows[i] for i in sending.sent)
@@ -271,8 +271,10 @@ class ValidationBuffer(ValidationSource):
         self._commits += 1
 
     def metrics(self) -> dict[str, float]:
-        """``instances`` that it holds, ``fill`` as a share of its capacity, ``splitter_loss`` of one that learns."""
-        found = {"instances": float(len(self)), "fill": len(self) / self.store.capacity}
+        """``instances`` that it holds, ``fill`` as a share of its capacity, ``age``, their mean number of steps since
+        they were last sent, and ``splitter_loss`` of a splitter that learns."""
+        age = self.store.mean_age(self._commits)
+        found = {"instances": float(len(self)), "fill": len(self) / self.store.capacity, "age": age}
         return found if self._splitter_loss is None else {**found, "splitter_loss": float(self._splitter_loss)}
 
     def state_dict(self) -> dict[str, Any]:

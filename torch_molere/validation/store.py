@@ -52,6 +52,7 @@ class InstanceStore:
         self._rows: list[int | None] = []
         self._classes = np.zeros(capacity, dtype=np.int64)
         self._sizes = np.zeros(capacity, dtype=np.int64)  # bytes in lists
+        self._times = np.zeros(capacity, dtype=np.int64)  # when each came in, or was refreshed
         self._place_of_row: dict[int, int] = {}
         self._free: list[int] = []  # slots below the highest used that hold nothing
 
@@ -76,6 +77,10 @@ class InstanceStore:
         labels, counts = np.unique(self._classes[: len(self)], return_counts=True)
         return dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
+    def mean_age(self, now: int) -> float:
+        """The mean time since the instances held came in or were refreshed; 0 where there are none."""
+        return float(now - self._times[: len(self)].mean()) if len(self) else 0.0
+
     def check(self, arguments: Arguments, targets: Any, size: int, wait: bool = True) -> Tensor | None:
         """Refuse a batch of ``size`` instances that cannot be stored beside those held.
 
@@ -99,6 +104,7 @@ class InstanceStore:
         classes: Sequence[int] | None = None,
         seed: int = 0,
         shares: Mapping[int, float] | None = None,
+        now: int = 0,
     ) -> None:
         """Put instances of a batch in. A row already held is refreshed in place.
 
@@ -111,6 +117,7 @@ class InstanceStore:
             rows, classes: of all instances of the batch.
             seed: of what is replaced.
             shares: of each class, in the stream.
+            now: the time, for :meth:`mean_age`.
 
         Raises:
             ValueError: as :meth:`check`.
@@ -127,6 +134,7 @@ class InstanceStore:
             row = None if rows is None else rows[position]
             taken[self._place_for(row, 0 if classes is None else classes[position], generator, shares)] = position
         chosen, slots = list(taken.values()), [self._slots[place] for place in taken]
+        self._times[list(taken)] = now
         to, of = torch.from_numpy(np.array(slots)), torch.from_numpy(np.array(chosen))
         for held, column in zip(self._columns, columns, strict=True):
             if isinstance(held, Tensor):
@@ -166,7 +174,7 @@ class InstanceStore:
             if row is not None and place != last:
                 self._place_of_row[row] = place
             self._slots[place] = self._slots[last]
-            for numbers in (self._classes, self._sizes):
+            for numbers in (self._classes, self._sizes, self._times):
                 numbers[place], numbers[last] = numbers[last], 0
             del self._rows[last], self._slots[last]
 
@@ -181,7 +189,8 @@ class InstanceStore:
     def state_dict(self) -> dict[str, Any]:
         """Everything, in types that ``torch.load(weights_only=True)`` reads if those in the lists are."""
         columns = [_picked(held, self._slots) for held in self._columns]
-        return {"columns": columns, "rows": list(self._rows), "classes": self._classes[: len(self)].tolist()}
+        classes, times = self._classes[: len(self)].tolist(), self._times[: len(self)].tolist()
+        return {"columns": columns, "rows": list(self._rows), "classes": classes, "times": times}
 
     def loaded(self, state: dict[str, Any]) -> InstanceStore:
         """A store of the same bounds with what :meth:`state_dict` gave.
@@ -189,13 +198,14 @@ class InstanceStore:
         Raises:
             ValueError: if its parts do not fit each other or the bounds.
         """
-        columns, rows, classes = state["columns"], list(state["rows"]), list(state["classes"])
+        columns, rows = state["columns"], list(state["rows"])
+        classes, times = list(state["classes"]), list(state["times"])
         known = [row for row in rows if row is not None]
-        lengths = {len(rows), len(classes), *(len(column) for column in columns)}
+        lengths = {len(rows), len(classes), len(times), *(len(column) for column in columns)}
         if len(lengths) > 1 or (rows and not columns):
-            raise ValueError(f"the buffer's columns, rows and classes must have one length, got {sorted(lengths)}")
-        if len(set(known)) < len(known) or any(type(number) is not int for number in (*known, *classes)):
-            raise ValueError("the buffer's classes must be integers, its rows different integers")
+            raise ValueError(f"the buffer's columns, rows, … must have one length, got {sorted(lengths)}")
+        if len(set(known)) < len(known) or any(type(number) is not int for number in (*known, *classes, *times)):
+            raise ValueError("the buffer's classes and times must be integers, its rows different integers")
         store = InstanceStore(self.capacity, self.max_bytes)
         if columns:
             store._allocate(columns)
@@ -206,6 +216,7 @@ class InstanceStore:
             if isinstance(column, list):
                 store._sizes[: len(rows)] += [_nbytes(item) for item in column]
         store._rows, store._slots, store._classes[: len(rows)] = rows, list(range(len(rows))), classes
+        store._times[: len(rows)] = times
         store._place_of_row = {row: place for place, row in enumerate(rows) if row is not None}
         return store
 

@@ -139,6 +139,7 @@ def part_of(rows, low=0.0):
             else [],
             "rows": [row if row < 100 else None for row in rows],
             "classes": [row % 3 for row in rows],
+            "times": [row + 1 for row in rows],
         },
         "quota": [low, 1.0],
         "seen": {0: 5, 1: 2} if rows else {},
@@ -155,6 +156,7 @@ def test_dealing():
     assert second["store"]["columns"][1] == ["text 5", "text 7", "text 102"]
     assert_same(second["store"]["columns"][0], torch.tensor([[5.0], [7.0], [102.0]]))
     assert second["store"]["classes"] == [2, 1, 0]
+    assert second["store"]["times"] == [6, 8, 103]
     assert first["quota"] == [1.0, 1.0]
     assert [first["seen"][0] + second["seen"][0], first["seen"][1] + second["seen"][1]] == [10, 4]
     assert len(dealt(parts, 0, 1, lambda _: 4)["store"]["rows"]) == 4

@@ -95,6 +95,7 @@ def _dealt_store(
         return stores[0]
     rows = [row for store in filled for row in store["rows"]]
     classes = [label for store in filled for label in store["classes"]]
+    times = [time for store in filled for time in store["times"]]
     columns = [_joined(alike) for alike in zip(*(store["columns"] for store in filled), strict=True)]
     first = {row: place for place, row in reversed(list(enumerate(rows)))}
     places = [place for place, row in enumerate(rows) if row is None or first[row] == place]
@@ -103,6 +104,7 @@ def _dealt_store(
         "columns": [c[own] if isinstance(c, Tensor) else [c[place] for place in own] for c in columns],
         "rows": [rows[place] for place in own],
         "classes": [classes[place] for place in own],
+        "times": [times[place] for place in own],
     }
 
 

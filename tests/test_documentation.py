@@ -39,7 +39,7 @@ def test_what_a_page_names_is_there(page):
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    command = "python -m pytest"
+    command = "python -m pytest -n 2 --dist worksteal"
     assert f"pip install -e '.[test]' && {command}\n" in PAGES["README.md"]
     assert re.search(rf"^{command}( |$)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
 

@@ -345,11 +345,12 @@ class Moments:
         self.armed, self.functions, self.count = armed, functions, 0
 
     def __enter__(self):
+        self._before = sys.gettrace()  # coverage's
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_):
-        sys.settrace(None)
+        sys.settrace(self._before)
 
     def _call(self, frame, event, argument):
         code = frame.f_code

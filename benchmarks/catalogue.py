@@ -282,12 +282,13 @@ FIND = Study(
     find=True,
 )
 
-SHIFTED = replace(CONV, name="", augment="", trusted=500)
+SHIFTED = replace(MLP, trusted=500)
 ON_X = TRUSTED.but("trusted, φ on x", weighting="inputs")
 SHIFT = Study(
     "shift",
-    "All training rows but 500 are corrupted, the tests are not, or otherwise: validation on rows of the target.",
-    tuple(replace(SHIFTED, name=kind, shift=kind) for kind in ("noise", "contrast")),
+    "All training rows but 500 are corrupted (noise, blur, little contrast); the tests are not, or in other ways: "
+    "validation on rows of the target.",
+    tuple(replace(SHIFTED, name=f"MLP, {kind}", shift=kind) for kind in ("noise", "blur", "contrast")),
     (RANDOM, DEFAULT, TRUSTED, TRUSTED_TUNED, shuffled(TRUSTED), ON_X, L2R),
     measures=(
         "accuracy",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import demo, mixture
+from benchmarks import costs, demo, mixture
 from benchmarks.catalogue import STUDIES
 from benchmarks.problems import Setting
 from benchmarks.provenance import machine_name
@@ -131,5 +131,10 @@ def render(results: Path) -> None:
     tables = [verdicts(study, parts_of(study, Store(results / study.name).frame())) for study in STUDIES.values()]
     claims = pd.concat([each for each in tables if len(each)]) if any(map(len, tables)) else pd.DataFrame()
     text = HEAD + (f"## Verdicts\n\n{markdown(claims)}\n" if len(claims) else "")
-    text += demo.section(results / "main") + "".join(sections) + mixture.section(results / "mixture")
+    text += (
+        demo.section(results / "main")
+        + "".join(sections)
+        + mixture.section(results / "mixture")
+        + costs.section(results)
+    )
     write(results / "README.md", text.rstrip() + "\n")

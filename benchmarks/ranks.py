@@ -110,7 +110,7 @@ def timed(wrap: str, model: str, batch_size: int, count: int) -> list[Row]:
 
 
 def told(wrap: str, model: str, batch_size: int) -> list[Row]:
-    """What a step adds to the messages of plain training: one without and one with a meta-update."""
+    """The messages of plain training, and what a step adds to them: one without and one with a meta-update."""
     plain, _ = contender("ERM", wrap, model, batch_size)
     for _ in range(PERIOD):
         plain()
@@ -118,7 +118,7 @@ def told(wrap: str, model: str, batch_size: int) -> list[Row]:
         plain()
     step, reweighter = contender("MOLERE", wrap, model, batch_size)
     assert reweighter is not None
-    rows: list[Row] = []
+    rows: list[Row] = [("messages, plain", 0, base.count), ("bytes, plain", 0, base.nbytes)]
     for _ in range(PERIOD):
         with Messages() as messages:
             step()
@@ -166,7 +166,7 @@ def summarised(frame: pd.DataFrame) -> pd.DataFrame:
         ratios = pd.Series(values["seconds, MOLERE"] / values["seconds, ERM"])
         row: dict[str, Any] = {"wrap": wrap, "ranks": number, "time": ratios.median()}
         row |= {"time_low": ratios.quantile(0.25), "time_high": ratios.quantile(0.75)}
-        for kind, short in (("a step", "step"), ("a step with a meta-update", "meta")):
+        for kind, short in (("plain", "plain"), ("a step", "step"), ("a step with a meta-update", "meta")):
             row |= {
                 f"{short}_{name}": float(pd.Series(values[f"{name}, {kind}"]).median())
                 for name in ("messages", "bytes")

@@ -404,17 +404,26 @@ def _in_training(model: Any, optimizer: Any, setting: Any) -> Tensor:
     return found
 
 
+def steps_stored(folder: Path, device: str) -> dict[str, pd.DataFrame]:
+    """The ratios of every stored measurement of steps, by model and optimizer."""
+    files = sorted(folder.glob(f"speed-steps-*-{device}.csv"))
+    keys = ["model", "optimizer"]
+    return {file.stem[len("speed-steps-") : -len(device) - 1]: summary(pd.read_csv(file), keys) for file in files}
+
+
+def steps_table(panels: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """A row for each model and optimizer, a column for each contender: medians."""
+    shown = {name: part.set_index("contender")["median"].map("{:.2f}".format) for name, part in panels.items()}
+    table = pd.DataFrame(shown).T.fillna("–")
+    return table[[name for name in CONTENDERS if name in table]].reset_index(names="time of a step / ERM")
+
+
 @app.command()
 def draw(device: Device = "cpu", out: Out = RESULTS) -> None:
     """The table and the pictures of what is stored."""
-    keys = ["model", "optimizer"]
-    files = sorted(out.glob(f"speed-steps-*-{device}.csv"))
-    panels = {file.stem[len("speed-steps-") : -len(device) - 1]: summary(pd.read_csv(file), keys) for file in files}
+    panels = steps_stored(out, device)
     if panels:
-        shown = {name: part.set_index("contender")["median"].map("{:.2f}".format) for name, part in panels.items()}
-        table = pd.DataFrame(shown).T.fillna("–")
-        table = table[[name for name in CONTENDERS if name in table]]
-        console.print(markdown(table.reset_index(names="time of a step / ERM")), markup=False, soft_wrap=True)
+        console.print(markdown(steps_table(panels)), markup=False, soft_wrap=True)
         draw_steps(panels, out / f"speed-steps-{device}.png")
     grown = out / f"speed-growth-{device}.csv"
     if grown.exists():

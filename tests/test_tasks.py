@@ -89,7 +89,20 @@ def tagged():
     return Reader(TAGS, tokenwise=True), nn.CrossEntropyLoss(), inputs, y, wrong
 
 
-KINDS = [tabular, soft, regression, multi_label, text, tagged]
+def segmented():
+    """Each pixel has a class, the border 255: a fully convolutional network finds a bright rectangle."""
+    generator = torch.Generator().manual_seed(0)
+    top, left = torch.randint(1, 4, (2, 240, 1, 1), generator=generator)
+    down, across = torch.arange(8).view(1, 8, 1), torch.arange(8).view(1, 1, 8)
+    y = ((down >= top) & (down < top + 3) & (across >= left) & (across < left + 3)).long()
+    x = (y + 0.5 * torch.randn(y.shape, generator=generator)).unsqueeze(1).double()
+    border = (down == 0) | (down == 7) | (across == 0) | (across == 7)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 2, 3, padding=1)).double()
+    loss_fn = nn.CrossEntropyLoss(ignore_index=255)
+    return model, loss_fn, x, y.masked_fill(border, 255), (1 - y).masked_fill(border, 255)
+
+
+KINDS = [tabular, soft, regression, multi_label, text, tagged, segmented]
 
 
 def rows_of(tree, rows):
@@ -144,7 +157,8 @@ def test_the_meta_gradient_is_a_central_difference(kind):
         if weights is None:
             return criterion(outputs, batch[1])
         whole = criterion(outputs, batch[1])  # a mean over all positions that count
-        counted = batch[1] != -100 if not batch[1].is_floating_point() else torch.ones_like(batch[1])
+        ignored = getattr(criterion, "ignore_index", -100)
+        counted = batch[1] != ignored if not batch[1].is_floating_point() else torch.ones_like(batch[1])
         share = counted.reshape(len(counted), -1).double().sum(dim=1)
         each = torch.stack([criterion(outputs[i : i + 1], batch[1][i : i + 1]) for i in range(len(share))])
         parts = each * share / share.sum()

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from torch_molere.hypergradients import Engine
 from torch_molere.hypergradients.update import check_differentiable, differentiable_optimizer, parameters_of
 from torch_molere.weighting import OnlineWeighting
+
+STEP_ENGINES: tuple[Engine, ...] = ("auto", "finite", "forward", "reverse")
 
 
 def parts_of(batch: Any) -> tuple[Any, Any, Any]:
@@ -45,6 +48,7 @@ def check_settings(
     weighting_lr: Any,
     every: Any,
     warmup_steps: Any,
+    hypergradient: Any,
     order: Any,
     max_weight: Any,
     correct_fn: Any,
@@ -56,6 +60,8 @@ def check_settings(
         raise TypeError(f"correct_fn must be callable, got {type(correct_fn).__name__}")
     if scaler is not None and not hasattr(scaler, "unscale_"):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if hypergradient not in STEP_ENGINES:
+        raise ValueError(f"hypergradient must be one of {STEP_ENGINES}, got {hypergradient!r}")
     if order not in ("after", "before"):
         raise ValueError(f"order must be 'after' or 'before', got {order!r}")
     if order == "after" and isinstance(weighting, OnlineWeighting) and weighting.meta_decay == 0.0:

@@ -126,7 +126,8 @@ class Attachment:
             "outputs are not what a call of the model returned: loss(outputs, targets) must see how they were made to "
             "make them again. Call the very object that MetaReweighter was given (the compiled or DDP-wrapped one, if "
             "you call that), with gradients on, and pass its outputs, or some of them, as they are; what is done to "
-            "them before the criterion (log_softmax, squeeze, view) belongs into loss_fn"
+            "them before the criterion (log_softmax, squeeze, view) belongs into loss_fn, and a forward hook that "
+            "changes them must be registered before the MetaReweighter is made"
         )
 
     # Backward: which losses have reached the gradients.

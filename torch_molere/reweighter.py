@@ -39,8 +39,6 @@ from torch_molere.weighting import SignalWeighting
 
 Order = Literal["after", "before"]
 
-STEP_ENGINES: tuple[Engine, ...] = ("auto", "finite", "forward", "reverse")
-
 
 class MetaReweighter:
     """Learned reweighting of training instances: MOLERE (CVPR 2024), or against a validation set of your own.
@@ -121,9 +119,9 @@ class MetaReweighter:
         seed: int = 0,
     ) -> None:
         check_model(model, weighting)
-        check_settings(weighting, weighting_lr, every, warmup_steps, order, max_weight, correct_fn, scaler, seed)
-        if hypergradient not in STEP_ENGINES:
-            raise ValueError(f"hypergradient must be one of {STEP_ENGINES}, got {hypergradient!r}")
+        check_settings(
+            weighting, weighting_lr, every, warmup_steps, hypergradient, order, max_weight, correct_fn, scaler, seed
+        )
         self._given_optimizers: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         self.optimizers = check_optimizers(self._given_optimizers)
         keep_backward_buffers(model)
@@ -392,10 +390,9 @@ class MetaReweighter:
         """Before the first loss: every rank starts from the first one's φ and Θ."""
         if self._started:
             return
-        broadcast(self.weighting)
-        splitter = getattr(self.validation, "splitter", None)
-        if splitter is not None:
-            broadcast(splitter)
+        for network in (self.weighting, getattr(self.validation, "splitter", None)):
+            if network is not None:
+                broadcast(network)
         self._started = True
         if self.steps == 0:
             self.messages.at_start(self.optimizers)

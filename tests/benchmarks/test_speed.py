@@ -1,5 +1,6 @@
 """The speed benchmark measures what it says."""
 
+import json
 from functools import partial
 
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import speed
+from benchmarks import costs, speed
 from benchmarks.contenders import SETTLED, Task, molere
 from benchmarks.profiling import PARTS, WHOLE, seconds_by_part
 from benchmarks.speed_figures import draw_growth
@@ -63,6 +64,27 @@ def test_steps_are_stored_and_drawn(tmp_path):
     assert {"ERM", "MOLERE, every 5"} <= set(stored.contender)
     speed.draw("cpu", tmp_path)
     assert (tmp_path / "speed-steps-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_every_cost_that_is_stored(tmp_path):
+    assert costs.section(tmp_path) == ""
+    config = speed.provenance("benchmarks.speed", [], torch.device("cpu")) | {"model": "m", "parameters": 9, "batch": 8}
+    for name in ("speed-steps-m-sgd-cpu", "speed-memory-m-sgd-cpu", "ranks-cpu"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    steps = pd.DataFrame({"contender": ["ERM", "MOLERE, every 5"], "seconds": [2.0, 3.0]})
+    steps.assign(model="m", optimizer="sgd", round=0).to_csv(tmp_path / "speed-steps-m-sgd-cpu.csv")
+    peaks = steps.assign(model="m", optimizer="sgd", allocator="glibc", round=0, added=[4, 5], whole=[8, 9])
+    peaks.to_csv(tmp_path / "speed-memory-m-sgd-cpu.csv")
+    told = {"seconds, ERM": 1.0, "seconds, MOLERE": 1.5, "peak, ERM": 1.0, "peak, MOLERE": 1.0}
+    told |= {"messages, plain": 2, "bytes, plain": 1_000, "messages, a step": 1, "bytes, a step": 330}
+    told |= {"messages, a step with a meta-update": 4, "bytes, a step with a meta-update": 4_321}
+    rows = [("ddp", 2, quantity, 0, value) for quantity, value in told.items()]
+    columns = ["wrap", "ranks", "quantity", "round", "value"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "ranks-cpu.csv")
+    page = costs.section(tmp_path)
+    assert "| m-sgd | 1.00 | 1.50 |" in page
+    assert "| m | sgd | glibc | MOLERE, every 5 | 1.25 | 1.12 |" in page
+    assert "| DDP | 2 | 1 | 330 | 4 | 4,321 | 2 | 1,000 |" in page
 
 
 def test_parts_of_a_step():

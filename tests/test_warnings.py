@@ -192,7 +192,7 @@ def test_a_plain_run_says_nothing(said):
 @pytest.mark.parametrize("splitter", [MarginSplitter(), RandomSplitter(0.1, 0)], ids=["by hardness", "at random"])
 def test_hard_rows_that_look_like_wrong_labels(wrong, splitter, said, monkeypatch):
     """Classes far apart, some rows with another label: those are what is hard."""
-    monkeypatch.setattr("torch_molere.messages.LABELS_EVERY", 20)
+    monkeypatch.setattr("torch_molere.advice.LABELS_EVERY", 20)
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(60) % C
     inputs = 8.0 * nn.functional.one_hot(targets, 4).float() + 0.1 * torch.randn(60, 4, generator=generator)

@@ -5,30 +5,29 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_molere.calls import arguments_of, device_of
+from torch_molere.core import Core
 from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import averaged
+from torch_molere.hooks import Attachment
 from torch_molere.hypergradients.functional import Call, ModuleState, observed, preserved_randomness, run_apart
 from torch_molere.meta_update import meta_update_of
-from torch_molere.plan import make_plan
+from torch_molere.planning import make_plan
 from torch_molere.validation.fixed import FixedValidation
 from torch_molere.validation.source import Drawn
 from torch_molere.validation.store import first_half, size_of
 
-if TYPE_CHECKING:
-    from torch_molere.reweighter import MetaReweighter
 
-
-def dry_run(r: MetaReweighter, inputs: Any, targets: Any, indices: Any) -> str:
+def dry_run(r: Core, attachment: Attachment, inputs: Any, targets: Any, indices: Any) -> str:
     """A few lines on what will be used; raises what the first meta-update would raise."""
     model, device = r.model, device_of(r.model)
     state = ModuleState((model, *r.criterion_of_training.modules), values=True)
-    engines, result, calls = r.engines, r.result, r.attachment.calls
+    engines, result, calls = r.engines, r.result, attachment.calls
     positional, named = arguments_of(inputs)
     with preserved_randomness(device):
         try:
@@ -36,10 +35,10 @@ def dry_run(r: MetaReweighter, inputs: Any, targets: Any, indices: Any) -> str:
             started = time.perf_counter()
             with torch.enable_grad():
                 outputs = model(*positional, **named)
-            call, select = r.attachment.call_of(outputs)
+            call, select = attachment.call_of(outputs)
             _synchronize(device)
             forward = time.perf_counter() - started
-            plan, loss, _ = make_plan(r, call, select, outputs, targets, indices, check=True)
+            plan, loss, _ = make_plan(r, call, select, outputs, targets, indices, attachment.active, check=True)
             check_batch(r, call, select, targets)
             owners = r.owners()
             _synchronize(device)
@@ -54,7 +53,7 @@ def dry_run(r: MetaReweighter, inputs: Any, targets: Any, indices: Any) -> str:
             cost = (time.perf_counter() - started) / plain
         finally:
             state.apply()
-            r.checking, r.engines, r.result, r.attachment.calls = False, engines, result, calls
+            r.checking, r.engines, r.result, attachment.calls = False, engines, result, calls
     if update is None:
         raise RuntimeError("engines disagree along the direction of the meta-gradient; pass hypergradient='reverse'")
     reached = sum(gradient is not None for gradient in gradients)
@@ -90,7 +89,7 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def check_batch(r: MetaReweighter, call: Call, select: Callable[[Any], Any], targets: Any) -> None:
+def check_batch(r: Core, call: Call, select: Callable[[Any], Any], targets: Any) -> None:
     """Once: what validation will be made of must work: its first batch; or half of this one, as a buffer keeps it.
 
     Raises:

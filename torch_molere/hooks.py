@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torch_molere.core import Core
 from torch_molere.distributed import fsdp
+from torch_molere.hypergradients.check import EngineChoice
 from torch_molere.hypergradients.functional import Call, apart
 from torch_molere.hypergradients.update import overflowed, parameters_of, refuse_sparse
 from torch_molere.messages import say_end
+from torch_molere.plan import MetaUpdate, Plan
+from torch_molere.result import Tally
 from torch_molere.step import after_step, before_step
-
-if TYPE_CHECKING:
-    from torch_molere.hypergradients.check import EngineChoice
-    from torch_molere.meta_update import MetaUpdate
-    from torch_molere.metrics import Tally
-    from torch_molere.plan import Plan
 
 logger = logging.getLogger("torch_molere")
 
@@ -56,7 +54,7 @@ class Attachment:
 
     def __init__(
         self,
-        owner: Any,
+        owner: Core,
         model: nn.Module,
         modules: Sequence[nn.Module],
         device: torch.device,

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
+from torch_molere.hypergradients.check import EngineChoice
 from torch_molere.losses import constants_of
-from torch_molere.splitting import RandomSplitter
-
-if TYPE_CHECKING:
-    from torch_molere.hypergradients.check import EngineChoice
-    from torch_molere.metrics import Tally
-    from torch_molere.reweighter import MetaReweighter
+from torch_molere.result import Tally
 
 logger = logging.getLogger("torch_molere")
-
-LABELS_EVERY = 100
-"""Meta-updates from one look at the labels to the next."""
-
-DOUBTED, MANY = -0.5, 0.15
-"""A row is doubted whose running margin is below the first; a share of rows above the second is many."""
 
 
 class Messages:
@@ -30,7 +20,7 @@ class Messages:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
-        self._first_rows: tuple[int, set[int]] | None = None
+        self.first_rows: tuple[int, set[int]] | None = None  # of the first batch: how many, and which are to come again
         self._constants: dict[str, float] | None = None
 
     def once(self, topic: str, message: str) -> None:
@@ -76,62 +66,6 @@ class Messages:
                 "validation buffer are validated with the present ones, not those of their batch. If that is the lam "
                 "of MixUp, give it with the targets, as a (B,) tensor: targets = (first, second, lam), and a loss_fn "
                 "that reads them",
-            )
-
-    def after_step(self, r: MetaReweighter, rows: list[int] | None, meta: bool) -> None:
-        """A step was taken.
-
-        Args:
-            r: the reweighter, with its new state.
-            rows: of the step's first batch; None where the loop does not say.
-            meta: whether there was a meta-update.
-        """
-        if meta:
-            if r.meta_updates == 1:
-                logger.info("first meta-update, at step %d, by engine %r", r.steps, r.engine)
-            self._of_labels(r)
-        if rows is None:
-            self.once(
-                "indices",
-                "batches come without indices, so rows cannot be known again: the weighting has no memory of them and "
-                "reweighter.history stays empty. Use DataLoader(with_indices(dataset)) and pass (inputs, targets, "
-                "indices)",
-            )
-        elif r.warming_up:
-            self._of_warmup(rows, r.steps, r.warmup_steps)
-        if r.steps == r.warmup_steps:
-            logger.info("warm-up is over after %d steps: weights are the weighting's own from now on", r.steps)
-
-    def _of_warmup(self, rows: list[int], steps: int, warmup_steps: int) -> None:
-        """Have most rows of the first batch come again? Then the warm-up is longer than an epoch."""
-        if self._first_rows is None:
-            self._first_rows = len(rows), set(rows)
-            return
-        size, missing = self._first_rows
-        missing.difference_update(rows)
-        if 2 * len(missing) < size:
-            self.once(
-                "warm-up",
-                f"the warm-up is longer than an epoch: rows come again after {steps} steps, and weights stay equal for "
-                f"{warmup_steps - steps} more. A run that ends before them reweights nothing; lower warmup_steps if "
-                "that is so",
-            )
-
-    def _of_labels(self, r: MetaReweighter) -> None:
-        """Is validation drawn by hardness, and do many rows look wrong? Those are what hard rows then are."""
-        splitter = getattr(r.validation, "splitter", None)
-        if r.meta_updates % LABELS_EVERY or splitter is None or isinstance(splitter, RandomSplitter):
-            return
-        if getattr(splitter, "sharpness", 1.0) <= 0.0:
-            return
-        share = r.history.share_below(DOUBTED)
-        if share > MANY:
-            self.once(
-                "labels",
-                f"{100 * share:.0f} % of the rows are predicted as another class with certainty (running margin below "
-                f"{DOUBTED}): if their labels are wrong, validation by hardness is drawn from wrong labels. Give "
-                "trusted rows as validation=, or take ValidationBuffer(splitter=RandomSplitter()) or "
-                "MarginSplitter(trim=...); reweighter.history shows the rows",
             )
 
 

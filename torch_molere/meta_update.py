@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,19 +11,17 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from torch_molere.calls import device_of
+from torch_molere.core import Core
 from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import anywhere, gathered, ranks, summed_gradients
 from torch_molere.hypergradients.check import ROUNDED, Found, agreement, derivative, examine_sharded, refusal
 from torch_molere.hypergradients.meta_gradient import Validated, meta_gradient, validate
 from torch_molere.hypergradients.update import parameters_of, unscaled
 from torch_molere.networks import learning_parameters, networks_apart
-from torch_molere.plan import Plan, places_of, samples_of
-from torch_molere.samples import Samples
+from torch_molere.plan import MetaUpdate, Plan
+from torch_molere.planning import places_of, samples_of
 from torch_molere.validation.source import Drawn
 from torch_molere.weighting import standardised
-
-if TYPE_CHECKING:
-    from torch_molere.reweighter import MetaReweighter
 
 SAME_FACTOR = 1e-3
 """How far the factors that a gradient was multiplied with may differ within a parameter, relative."""
@@ -36,38 +33,7 @@ ONE_LOSS = (
 )
 
 
-@dataclass(frozen=True)
-class MetaUpdate:
-    """A meta-update that is ready to be committed.
-
-    Attributes:
-        val_loss: the mean validation loss at θ⁺.
-        plans: that it learns from.
-        meta_gradients: ``(B,)`` ∂L_val/∂w̄_i of this rank's instances, for each plan.
-        evidence: ``(N,)`` the same of all ranks' instances, in standard deviations of their batch, for each plan.
-        weighting_gradients: of φ's parameters; None where they are not to be stepped.
-        weighting_state: of φ and its optimizer, stepped already in the "before" order.
-        drawn: the validation batch.
-        learned: what the validation source learned.
-        found: the engine that was used.
-        held: the validation instances; None where the loss was not finite.
-    """
-
-    val_loss: Tensor
-    plans: list[Plan]
-    meta_gradients: list[Tensor]
-    evidence: list[Tensor]
-    weighting_gradients: list[Tensor | None] | None
-    drawn: Drawn | None
-    learned: Any
-    found: Found
-    weighting_state: tuple[dict[str, Any], dict[str, Any] | None] | None = None
-    held: Samples | None = None
-
-
-def differentiate(
-    r: MetaReweighter, plans: Sequence[Plan], raw: list[tuple[Tensor, Tensor | None]] | None
-) -> MetaUpdate | None:
+def differentiate(r: Core, plans: Sequence[Plan], raw: list[tuple[Tensor, Tensor | None]] | None) -> MetaUpdate | None:
     """The meta-update of the step that is about to be taken; None where none is due.
 
     Args:
@@ -110,7 +76,7 @@ def _left(owners: Sequence[Tensor], raw: list[tuple[Tensor, Tensor | None]] | No
     return [before.get(id(owner)) for owner in owners]
 
 
-def _check_seen(r: MetaReweighter, plan: Plan, raw: list[tuple[Tensor, Tensor | None]] | None) -> None:
+def _check_seen(r: Core, plan: Plan, raw: list[tuple[Tensor, Tensor | None]] | None) -> None:
     """Refuse gradients that are not those of the loss, which the "before" order has looked ahead with."""
     assert plan.replay is not None
     owners = plan.replay.owners
@@ -178,7 +144,7 @@ def _like(owner: Tensor, part: Tensor) -> Tensor:
 
 
 def meta_update_of(
-    r: MetaReweighter,
+    r: Core,
     plans: list[Plan],
     gradients: Sequence[Tensor | None],
     factors: list[Tensor | float] | None,
@@ -245,7 +211,7 @@ def meta_update_of(
 
 
 def _checked_derivative(
-    r: MetaReweighter,
+    r: Core,
     plan: Plan,
     values: list[Tensor],
     direction: list[Tensor],
@@ -294,7 +260,7 @@ def _checked_derivative(
 
 
 def _checked_sharded(
-    r: MetaReweighter,
+    r: Core,
     plans: Sequence[Plan],
     values: list[Tensor],
     direction: list[Tensor],
@@ -322,7 +288,7 @@ def _checked_sharded(
 
 
 def _learned(
-    r: MetaReweighter,
+    r: Core,
     plans: list[Plan],
     derivatives: list[Tensor],
     validated: Validated,
@@ -363,7 +329,7 @@ def _spread_over(plan: Plan, side: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).masked_scatter(plan.training, side)
 
 
-def _weighting_gradients(r: MetaReweighter, plans: list[Plan], signals: list[Tensor]) -> list[Tensor | None] | None:
+def _weighting_gradients(r: Core, plans: list[Plan], signals: list[Tensor]) -> list[Tensor | None] | None:
     """∂/∂φ through the weights, their normalisation included, summed over plans and ranks."""
     parameters = learning_parameters(r.weighting)
     if not parameters or r.weighting_optimizer is None:

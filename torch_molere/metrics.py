@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch_molere.reweighter import MetaReweighter
+from torch_molere.core import Core
 
 
-class Latest(NamedTuple):
-    """Of the latest meta-update: the validation loss, ``(B,)`` ∂L_val/∂w̄, and of the validation instances which are
-    right and their classes, if they have any."""
-
-    val_loss: Tensor
-    gradient: Tensor
-    correct: Tensor | None
-    classes: Tensor | None
-
-
-@dataclass
-class Tally:
-    """What is said when a reweighter ends, and what its metrics show."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    latest: Latest | None = None
-
-
-def metrics_of(r: MetaReweighter) -> dict[str, float]:
+def metrics_of(r: Core) -> dict[str, float]:
     """A flat dict: of the latest step, of the validation source, and of the meta-updates so far.
 
     - ``steps``, ``meta_updates``, ``meta_seconds`` (spent on meta-updates), ``shrinkage`` (λ at present);

@@ -1,16 +1,11 @@
-"""What one step did."""
+"""What one step did, and what is counted over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-
-from torch_molere.meta_update import MetaUpdate
-from torch_molere.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -37,19 +32,20 @@ class StepResult:
     meta_gradient: Tensor | None = None
 
 
-def result_of(plans: Sequence[Plan], update: MetaUpdate | None) -> StepResult:
-    """The result of the losses of an optimizer step; without an update also that of a loss before its step."""
-    losses = torch.stack([plan.loss for plan in plans])
-    outputs = [plan.samples.outputs for plan in plans]
-    alike = len(outputs) > 1 and all(
-        isinstance(each, Tensor) and each.shape[1:] == outputs[0].shape[1:] for each in outputs
-    )
-    return StepResult(
-        losses.mean() if len(plans) > 1 else plans[0].loss,
-        outputs[0] if len(outputs) == 1 else torch.cat(outputs) if alike else outputs,
-        torch.cat([plan.weights for plan in plans]),
-        torch.cat([plan.held_out for plan in plans]),
-        torch.cat([plan.sent[plan.own] for plan in plans]),
-        None if update is None else update.val_loss,
-        None if update is None else torch.cat(update.meta_gradients),
-    )
+class Latest(NamedTuple):
+    """Of the latest meta-update: the validation loss, ``(B,)`` ∂L_val/∂w̄, and of the validation instances which are
+    right and their classes, if they have any."""
+
+    val_loss: Tensor
+    gradient: Tensor
+    correct: Tensor | None
+    classes: Tensor | None
+
+
+@dataclass
+class Tally:
+    """What is said when a reweighter ends, and what its metrics show."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    latest: Latest | None = None

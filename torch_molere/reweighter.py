@@ -13,25 +13,26 @@ from torch.optim import Optimizer
 from torch_molere.arguments import check_model, check_optimizers, check_settings, parts_of
 from torch_molere.calls import arguments_of, device_of
 from torch_molere.checks import check_batch, dry_run
+from torch_molere.core import Core
 from torch_molere.criterion import Criterion
 from torch_molere.distributed import fsdp
-from torch_molere.distributed.collectives import Gather, broadcast, rank
+from torch_molere.distributed.collectives import Gather
 from torch_molere.history import SampleHistory
 from torch_molere.hooks import Attachment, end, unwrapped
-from torch_molere.hypergradients import Engine, trained_parameters
+from torch_molere.hypergradients import Engine
 from torch_molere.hypergradients.check import EngineChoice
 from torch_molere.hypergradients.functional import keep_backward_buffers, preserved_randomness
 from torch_molere.hypergradients.update import maximizes
 from torch_molere.losses import CorrectFn, LossFn, PerSampleLoss
 from torch_molere.messages import Messages
 from torch_molere.meta_update import ONE_LOSS
-from torch_molere.metrics import Tally, metrics_of
+from torch_molere.metrics import metrics_of
 from torch_molere.networks import OptimizerFactory, optimizer_of, with_statistics
 from torch_molere.paper import paper_arguments
-from torch_molere.result import StepResult, result_of
+from torch_molere.result import StepResult, Tally
 from torch_molere.shrinkage import Shrinkage
 from torch_molere.state import load, state_of
-from torch_molere.step import plan_loss
+from torch_molere.step import plan_loss, result_of
 from torch_molere.validation.buffer import ValidationBuffer
 from torch_molere.validation.fixed import FixedValidation
 from torch_molere.validation.source import ValidationSource
@@ -40,7 +41,7 @@ from torch_molere.weighting import SignalWeighting
 Order = Literal["after", "before"]
 
 
-class MetaReweighter:
+class MetaReweighter(Core):
     """Learned reweighting of training instances: MOLERE (CVPR 2024), or against a validation set of your own.
 
     Give it your model and optimizer and call :meth:`step` where your loop did forward, backward and
@@ -133,7 +134,7 @@ class MetaReweighter:
             self.criterion_of_training if val_loss_fn is None else PerSampleLoss(val_loss_fn, "val_loss_fn")
         )
         self.sign = -1.0 if maximizes(self.optimizers) and val_loss_fn is None else 1.0
-        self.sharded: list[nn.Parameter] | None = None  # the parameters that FSDP2 has split
+        self.sharded = None
         owners = self.owners()  # refuses an optimizer of another model
         self.sharded = owners if fsdp.any_sharded(owners) else None
         self.correct_fn = correct_fn
@@ -144,7 +145,7 @@ class MetaReweighter:
         self.max_weight = max_weight
         self.seed = seed
         self.steps = 0
-        self.result: StepResult | None = None
+        self.result = None
         self.engines = EngineChoice(hypergradient)
         self.gather = Gather()
 
@@ -273,7 +274,7 @@ class MetaReweighter:
         if self.order == "before" and self.attachment.accumulating():
             raise RuntimeError(ONE_LOSS)
         call, select = self.attachment.call_of(outputs)
-        plan, loss = plan_loss(self, call, select, outputs, targets, indices)
+        plan, loss = plan_loss(self, call, select, outputs, targets, indices, self.attachment.active)
         check_batch(self, call, select, targets)
         self.attachment.watch(plan, loss)
         self.result = result_of([plan], None)
@@ -292,31 +293,16 @@ class MetaReweighter:
 
         Raises what the first meta-update would raise.
         """
-        return dry_run(self, *parts_of(batch))
+        return dry_run(self, self.attachment, *parts_of(batch))
 
     @property
     def criterion(self) -> Criterion:
         """:meth:`loss` as an ``nn.Module``, to be assigned where a criterion stood. It keeps the reweighter alive."""
         criterion = None if self._criterion is None else self._criterion()
         if criterion is None:
-            criterion = Criterion(self)
+            criterion = Criterion(self.criterion_of_training, self.loss)
             self._criterion = weakref.ref(criterion)
         return criterion
-
-    @property
-    def engine(self) -> Engine:
-        """The hypergradient engine in use; ``"auto"`` until the first meta-update has found one."""
-        return self.engines.engine
-
-    @property
-    def meta_updates(self) -> int:
-        """Meta-updates so far."""
-        return self.engines.updates
-
-    @property
-    def warming_up(self) -> bool:
-        """Whether the next step still is one of plain training with a random split."""
-        return self.steps < self.warmup_steps
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger: of the latest step, of the validation source, and of the meta-updates so far."""
@@ -368,31 +354,3 @@ class MetaReweighter:
             f"max_weight {self.max_weight}\n"
             f"  validation: {type(self.validation).__name__}; {len(self.history)} rows known by their index"
         )
-
-    # What a step asks for (torch_molere.step, torch_molere.hooks).
-
-    def owners(self) -> list[nn.Parameter]:
-        """The parameters that are looked ahead at."""
-        if self.sharded is not None:  # after a forward others stand in the modules
-            return [owner for owner in self.sharded if owner.requires_grad]
-        return trained_parameters(self.optimizers, (self.network, *self.criterion_of_training.modules))
-
-    @property
-    def meta_update_is_due(self) -> bool:
-        """Whether the next step has a meta-update."""
-        return not self.warming_up and (self.steps - self.warmup_steps) % self.every == 0
-
-    def seed_of(self, number: int) -> int:
-        """A seed for the number-th random draw of the present step, the same if the step is taken again."""
-        return ((self.seed * 1_000_003 + self.steps) * 10_007 + number + rank() * 101) % 2**63
-
-    def start(self) -> None:
-        """Before the first loss: every rank starts from the first one's φ and Θ."""
-        if self._started:
-            return
-        for network in (self.weighting, getattr(self.validation, "splitter", None)):
-            if network is not None:
-                broadcast(network)
-        self._started = True
-        if self.steps == 0:
-            self.messages.at_start(self.optimizers)

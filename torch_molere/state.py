@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch_molere.arguments import check_count
+from torch_molere.core import Core
 from torch_molere.distributed.collectives import rank, ranks
 from torch_molere.networks import check_states
-
-if TYPE_CHECKING:
-    from torch_molere.reweighter import MetaReweighter
 
 STATE_VERSION = 2
 
 
-def state_of(r: MetaReweighter) -> dict[str, Any]:
+def state_of(r: Core) -> dict[str, Any]:
     """Everything but the classifier and its optimizer, in types that ``torch.load(weights_only=True)`` reads."""
     return {
         "version": STATE_VERSION,
@@ -32,7 +30,7 @@ def state_of(r: MetaReweighter) -> dict[str, Any]:
     }
 
 
-def load(r: MetaReweighter, state: dict[str, Any]) -> None:
+def load(r: Core, state: dict[str, Any]) -> None:
     """Put back what :func:`state_of` gave.
 
     Raises:
@@ -52,7 +50,7 @@ def load(r: MetaReweighter, state: dict[str, Any]) -> None:
         raise ValueError(f"state_dict does not fit this reweighter: {cause}") from error
 
 
-def _load(r: MetaReweighter, state: dict[str, Any]) -> None:
+def _load(r: Core, state: dict[str, Any]) -> None:
     check_states(r.weighting, r.weighting_optimizer, state["weighting"], state["weighting_optimizer"])
     r.weighting.load_state_dict(state["weighting"])
     if r.weighting_optimizer is not None:

@@ -11,38 +11,37 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from torch_molere.advice import advise
 from torch_molere.calls import device_of
+from torch_molere.core import Core
 from torch_molere.distributed.collectives import averaged, gathered, ranks
 from torch_molere.hypergradients.functional import Call, gradients_apart
 from torch_molere.interrupts import uninterrupted
-from torch_molere.meta_update import MetaUpdate, differentiate, meta_update_of
-from torch_molere.metrics import Latest
+from torch_molere.meta_update import differentiate, meta_update_of
 from torch_molere.networks import networks_apart, take_step
-from torch_molere.plan import Plan, check_numbers, make_plan, raw_weights, weighted_loss
-from torch_molere.result import result_of
+from torch_molere.plan import MetaUpdate, Plan
+from torch_molere.planning import check_numbers, make_plan, raw_weights, weighted_loss
+from torch_molere.result import Latest, StepResult
 from torch_molere.weighting import normalised
-
-if TYPE_CHECKING:
-    from torch_molere.reweighter import MetaReweighter
 
 
 def plan_loss(
-    r: MetaReweighter, call: Call, select: Any, outputs: Any, targets: Any, indices: Any
+    r: Core, call: Call, select: Any, outputs: Any, targets: Any, indices: Any, pending: Sequence[Plan]
 ) -> tuple[Plan, Tensor]:
     """The plan for one batch, and its weighted training loss."""
-    plan, loss, losses = make_plan(r, call, select, outputs, targets, indices)
+    plan, loss, losses = make_plan(r, call, select, outputs, targets, indices, pending)
     if plan.replay is not None and r.order == "before":
-        loss = _before(r, plan, outputs, targets, losses)
+        loss = _before(r, plan, outputs, targets, losses, len(pending))
     return plan, loss
 
 
-def _before(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: Tensor) -> Tensor:
+def _before(r: Core, plan: Plan, outputs: Any, targets: Any, losses: Tensor, number: int) -> Tensor:
     """The "before" order: a virtual step with the present φ, whose successor weighs this very batch."""
     assert plan.replay is not None
     owners = plan.replay.owners
@@ -58,7 +57,7 @@ def _before(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: T
     plan.samples = replace(
         plan.samples, meta_gradients=memory.meta_gradients, has_meta_gradient=memory.has_meta_gradient
     )
-    with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(len(r.attachment.active))):
+    with networks_apart(r.with_statistics, device_of(r.network), r.seed_of(number)):
         raw = raw_weights(weighting, plan.samples, graph=False)
     everyone = gathered(raw, plan.together.sizes)[0]
     check_numbers([], everyone.tolist(), plan.together.sizes)
@@ -68,13 +67,13 @@ def _before(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: T
     return loss
 
 
-def _loss_of(r: MetaReweighter, plan: Plan, outputs: Any, targets: Any, losses: Tensor) -> Tensor:
+def _loss_of(r: Core, plan: Plan, outputs: Any, targets: Any, losses: Tensor) -> Tensor:
     """The weighted training loss of a plan, which is the plain one where all weights are one."""
     equal = len(set(plan.together.sizes)) == 1 and bool((plan.everyone == 1).all())
     return weighted_loss(r, outputs, targets, losses, plan.everyone, plan.own, plan.count, equal)[0]
 
 
-def _stepped(r: MetaReweighter, update: MetaUpdate) -> tuple[MetaUpdate, nn.Module]:
+def _stepped(r: Core, update: MetaUpdate) -> tuple[MetaUpdate, nn.Module]:
     """φ after its step, as a copy: φ itself moves when the optimizer has stepped."""
     if update.weighting_gradients is None or r.weighting_optimizer is None:
         return update, r.weighting
@@ -83,7 +82,7 @@ def _stepped(r: MetaReweighter, update: MetaUpdate) -> tuple[MetaUpdate, nn.Modu
     return replace(update, weighting_state=(weighting.state_dict(), optimizer.state_dict())), weighting
 
 
-def before_step(r: MetaReweighter, plans: Sequence[Plan], raw: Any) -> MetaUpdate | None:
+def before_step(r: Core, plans: Sequence[Plan], raw: Any) -> MetaUpdate | None:
     """The meta-update of the step that is about to be taken; None where none is due."""
     started = time.perf_counter()
     update = differentiate(r, plans, raw)
@@ -92,7 +91,7 @@ def before_step(r: MetaReweighter, plans: Sequence[Plan], raw: Any) -> MetaUpdat
     return update
 
 
-def after_step(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) -> None:
+def after_step(r: Core, plans: Sequence[Plan], update: MetaUpdate | None) -> None:
     """The optimizer has stepped."""
     result = result_of(plans, update)
     with uninterrupted():
@@ -104,10 +103,10 @@ def after_step(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | No
         held = update.held
         seen = (None, None) if held is None else (held.correct, held.classes)
         r.tally.latest = Latest(update.val_loss, torch.cat(update.meta_gradients), *seen)
-    r.messages.after_step(r, plans[0].sending.rows, update is not None)
+    advise(r, plans[0].sending.rows, update is not None)
 
 
-def commit(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) -> None:
+def commit(r: Core, plans: Sequence[Plan], update: MetaUpdate | None) -> None:
     """Take over what the step that was just taken has decided and learned."""
     with record_function("torch_molere.commit"):
         # First φ and Θ, whose optimizers may be the user's own, and fail.
@@ -139,3 +138,21 @@ def commit(r: MetaReweighter, plans: Sequence[Plan], update: MetaUpdate | None) 
             r.engines.commit(update.found)
         elif r.meta_update_is_due:
             r.engines.passed_over(any(plan.skipped for plan in plans))
+
+
+def result_of(plans: Sequence[Plan], update: MetaUpdate | None) -> StepResult:
+    """The result of the losses of an optimizer step; without an update also that of a loss before its step."""
+    losses = torch.stack([plan.loss for plan in plans])
+    outputs = [plan.samples.outputs for plan in plans]
+    alike = len(outputs) > 1 and all(
+        isinstance(each, Tensor) and each.shape[1:] == outputs[0].shape[1:] for each in outputs
+    )
+    return StepResult(
+        losses.mean() if len(plans) > 1 else plans[0].loss,
+        outputs[0] if len(outputs) == 1 else torch.cat(outputs) if alike else outputs,
+        torch.cat([plan.weights for plan in plans]),
+        torch.cat([plan.held_out for plan in plans]),
+        torch.cat([plan.sent[plan.own] for plan in plans]),
+        None if update is None else update.val_loss,
+        None if update is None else torch.cat(update.meta_gradients),
+    )

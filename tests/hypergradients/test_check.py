@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracle import Given, World, data, deviation, net, plain_loop, relative, reweighter_of, world_of
 from torch import nn
 
-import torch_molere.plan
+import torch_molere.planning
 from torch_molere import hypergradient
 from torch_molere.hypergradients.check import EngineChoice, Found, agreement, examine
 from torch_molere.hypergradients.functional import Call, Replay
@@ -30,7 +30,7 @@ def checks(monkeypatch):
         reweighter = None
 
     ran = Ran()
-    monkeypatch.setattr(torch_molere.plan, "examine", counted)
+    monkeypatch.setattr(torch_molere.planning, "examine", counted)
     return ran
 
 

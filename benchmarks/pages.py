@@ -11,7 +11,7 @@ from benchmarks import costs, demo, mixture
 from benchmarks.catalogue import STUDIES
 from benchmarks.problems import Setting
 from benchmarks.provenance import machine_name
-from benchmarks.report import buckets, difference, markdown, panels, scale_of, table, with_winners
+from benchmarks.report import buckets, difference, interval, markdown, panels, scale_of, table, with_winners
 from benchmarks.store import Store, write
 from benchmarks.studies import Claim, Study
 
@@ -104,9 +104,9 @@ def _found(part: pd.DataFrame) -> pd.DataFrame:
     for method, own in part.groupby("method", sort=False):
         for score in scores:
             values = {kind: own.get(f"{kind}: {score}") for kind in ("auroc", "precision", "people")}
-            shown = {k: v.mean() for k, v in values.items() if v is not None and v.notna().any()}
+            shown = {k: interval(v).shown(".3f") for k, v in values.items() if v is not None and v.notna().any()}
             if shown:
-                rows.append({"score": f"{method}: {score}"} | {k: f"{v:.3f}" for k, v in shown.items()})
+                rows.append({"score": f"{method}: {score}"} | shown)
     return pd.DataFrame(rows).fillna("–")
 
 

@@ -393,7 +393,7 @@ def test_ctrl_c_at_any_moment(order, engine):
         start()
         with Moments(functions=functions) as counted:
             world.step(2)
-        moments += [(functions, moment) for moment in range(1, counted.count + 1, max(counted.count // number, 1))]
+        moments += [(functions, moment) for moment in range(counted.count, 0, -max(counted.count // number, 1))]
     whole_step = copy.deepcopy(world.reweighter.state_dict())
     assert len(moments) > 55
     outcomes = Counter()

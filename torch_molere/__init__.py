@@ -18,7 +18,7 @@ from torch_molere.weighting import (
     SignalWeighting,
 )
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "DistributedState",
     "FreeWeighting",

@@ -15,6 +15,7 @@ from benchmarks.peers import logits
 from benchmarks.problems import Judged, Problem
 from benchmarks.training import Trained
 from torch_molere import probabilistic_margin
+from torch_molere.report import label_issues
 
 BUCKETS = 10
 
@@ -88,10 +89,14 @@ def found(run: Trained, problem: Problem, missed: Values | None) -> dict[str, fl
     """How well each score of the rows finds the wrong labels: area under the ROC curve and average precision; and its
     rank correlation with how many annotators missed the true class.
 
+    Of ``label_issues`` there are ``called``, the share of the rows that it calls wrong, ``called_right``, the share of
+    those that are, and ``estimated``, the share that it estimates.
+
     Args:
         missed: ``(N,)``, or None where nobody annotated.
     """
     scores: dict[str, Values] = {}
+    numbers: dict[str, float] = {}
     if run.reweighter is None:
         scores["mean loss"] = run.losses.numpy()
         losses = F.cross_entropy(logits(run.model, problem.inputs), problem.labels, reduction="none")
@@ -100,10 +105,17 @@ def found(run: Trained, problem: Problem, missed: Values | None) -> dict[str, fl
         # Rows are those of the problem, in order. One that was never weighed weighs as plain training would have it.
         table = {name: column.numpy() for name, column in run.reweighter.history.table().items()}
         scores["mean loss"] = table["loss"]
+        scores["mean margin"] = -table["margin"]  # by which label_issues goes
         scores["running margin"] = -table["running_margin"]
         scores["weight"] = -np.nan_to_num(table["weight"], nan=1.0)
         scores["own meta-gradient"] = np.nan_to_num(table["meta_gradient"], nan=0.0)
-    return ranked(scores, problem, missed)
+        issues = label_issues(run.reweighter.history)
+        called = issues.rows.index.to_numpy()
+        numbers = {"called": len(called) / len(problem.labels), "estimated": issues.rate}
+        numbers["called_right"] = (
+            float((problem.labels != problem.clean).numpy()[called].mean()) if len(called) else np.nan
+        )
+    return ranked(scores, problem, missed) | numbers
 
 
 def ranked(scores: dict[str, Values], problem: Problem, missed: Values | None) -> dict[str, float]:

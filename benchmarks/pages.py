@@ -74,6 +74,7 @@ def section(study: Study, folder: Path) -> str:
         plain = part[part["method"] == "plain"]
         text += f"**{setting.name}**: {_described(setting, plain)}; {part['seed'].nunique()} seeds.\n\n"
         text += f"{markdown(_found(part) if study.find else table(part, study.rows, study.measures))}\n"
+        text += _called(part) if study.find else ""
         winners = part[["method", "winner"]].dropna().drop_duplicates() if "winner" in part else pd.DataFrame()
         if len(winners):
             text += "Tuned: " + "; ".join(winners["winner"]) + ".\n\n"
@@ -108,6 +109,23 @@ def _found(part: pd.DataFrame) -> pd.DataFrame:
             if shown:
                 rows.append({"score": f"{method}: {score}"} | shown)
     return pd.DataFrame(rows).fillna("–")
+
+
+def _called(part: pd.DataFrame) -> str:
+    """What ``label_issues`` says of each run's rows, in percent."""
+    rows = []
+    for method, own in part.dropna(subset=["called"]).groupby("method", sort=False):
+        shown = {
+            name: interval(100 * own[column]).shown(".1f")
+            for name, column in (
+                ("calls wrong, %", "called"),
+                ("of these are, %", "called_right"),
+                ("estimates, %", "estimated"),
+                ("true, %", "label_errors"),
+            )
+        }
+        rows.append({"label_issues": str(method)} | shown)
+    return f"{markdown(pd.DataFrame(rows))}\n" if rows else ""
 
 
 HEAD = """# Results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -31,7 +32,9 @@ class LabelIssues:
             and columns ``probability`` (that the label is wrong, in [0, 1]), ``label``, ``prediction``, ``margin``,
             ``weight``. cleanlab calls them ``label_score`` = 1 − ``probability``, ``given_label``, ``predicted_label``.
         probability: of every row that has a margin, by ``row``.
-        rate: the estimated share of wrong labels: the mean of ``probability``.
+        rate: the estimated share of wrong labels, the mean of ``probability``; NaN where the margins do not part the
+            rows in two. Then wrong labels are few or were memorised at once, and which of the two cannot be told: look
+            at the rows with the least ``margin`` of the history by hand.
     """
 
     rows: pd.DataFrame
@@ -51,7 +54,7 @@ def label_issues(history: History) -> LabelIssues:
     losses): networks fit right labels first, so the mean over training is low where the label is wrong. The probability
     is that of the lower component. It is an estimate: classes that are hard as a whole look like wrong labels, and a
     network that memorises within the first epochs hides them. Where the two components do not part the rows (their
-    means are less than 0.25 apart on a scale of 0 to 1), the probability is 0 everywhere.
+    means are less than 0.25 apart on a scale of 0 to 1), the probability is 0 everywhere and the rate NaN.
 
     Args:
         history: ``reweighter.history``, or a frame of a :class:`~torch_molere.report.Run`.
@@ -76,7 +79,7 @@ def label_issues(history: History) -> LabelIssues:
         }
     )
     rows = found[probability > 0.5].sort_values(["probability", "margin"], ascending=[False, True])
-    return LabelIssues(rows, probability, float(probability.mean()))
+    return LabelIssues(rows, probability, float(probability.mean()) if probability.any() else math.nan)
 
 
 def lower_component(values: np.ndarray) -> np.ndarray:

@@ -108,7 +108,8 @@ def _tiles(run: Run, table: pd.DataFrame, issues: LabelIssues | None) -> list[tu
         ("effective sample", _percent(effective), "(Σw)² / nΣw² of the rows' mean weights"),
     ]
     if issues is not None:
-        tiles.append(("likely wrong labels", _percent(issues.rate), "estimated from margins over training"))
+        told = "estimated from margins" if np.isfinite(issues.rate) else "margins do not part rows in two: no estimate"
+        tiles.append(("likely wrong labels", _percent(issues.rate), told))
     if table["meta_gradient"].notna().any():
         share = len(harmful_rows(table)) / len(table)
         tiles.append(("hurt validation", _percent(share), f"meta-gradient > {HURTS:g} standard errors above 0"))

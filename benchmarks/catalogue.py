@@ -323,6 +323,9 @@ SHIFT = Study(
         "accuracy_pixelate",
         "weight_sd",
     ),
+    finding="Nothing is gained. Corrupted rows teach what they can of the target whatever they weigh, and the 500 rows "
+    "of the target are trained on by every method. φ on x, as in the paper, leaves the weights near one; Learning to "
+    "Reweight trains on few rows, and loses.",
 )
 
 CHOOSE = Study(

@@ -51,7 +51,6 @@ def test_lightning_logs_the_metrics(tmp_path):
             super().__init__()
             self.layer = nn.Linear(4, 3)
             self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            self.criterion = made(self, self.optimizer).criterion
 
         def forward(self, inputs):
             return self.layer(inputs)
@@ -63,17 +62,19 @@ def test_lightning_logs_the_metrics(tmp_path):
             return self.optimizer
 
     module = Module()
+    reweighter = made(module, module.optimizer)
+    module.criterion = reweighter.criterion
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    callback = lightning_callback(module.criterion._reweighter, every=1)
+    callback = lightning_callback(reweighter, every=1)
     trainer = pl.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu", **quiet)
     trainer.fit(module, torch.utils.data.DataLoader([batch(), batch()], batch_size=None))
     logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    metrics = module.criterion._reweighter.metrics()
+    metrics = reweighter.metrics()
     assert {f"molere/{name}" for name in metrics} <= set(logged)
     assert logged["molere/meta_updates"] == metrics["meta_updates"] == 2
 

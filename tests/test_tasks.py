@@ -7,7 +7,7 @@ from sklearn.datasets import load_diabetes, load_digits, load_wine
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torch_molere import FreeWeighting, MetaReweighter, hypergradient
+from torch_molere import FreeWeighting, MetaReweighter, ValidationBuffer, hypergradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, LENGTH, TAGS = 12, 8, 3
@@ -177,3 +177,32 @@ def test_the_meta_gradient_is_a_central_difference(kind):
     for engine, tolerance in (("forward", 1e-6), ("auto", 1e-4), ("finite", 1e-4)):
         found = hypergradient(model, optimizer, training, validation, weights, loss_fn=loss_fn, engine=engine)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("task", [text, tagged])
+def test_batches_padded_to_their_own_longest_text_are_those_padded_to_one_length(task):
+    """Masked padding changes nothing, so neither does how much of it there is: with ``ValidationBuffer(padding=...)``
+    lengths may differ from batch to batch, and the run is that of batches of one length."""
+    found, shapes = [], set()
+    for dynamic in (False, True):
+        torch.manual_seed(0)
+        model, loss_fn, inputs, targets, _ = task()
+        buffer = ValidationBuffer(padding={"input_ids": 0, "attention_mask": 0})
+        if task is tagged:
+            buffer = ValidationBuffer(padding={"input_ids": 0, "attention_mask": 0, "targets": -100})
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        reweighter = MetaReweighter(
+            model, optimizer, validation=buffer, loss_fn=loss_fn, warmup_steps=4, every=1, shrinkage=None
+        )
+        order = torch.randperm(240, generator=torch.Generator().manual_seed(1))
+        results = []
+        for rows in order.repeat(2).split(6):
+            longest = int(inputs["attention_mask"][rows].sum(dim=1).max()) if dynamic else LENGTH
+            batch = {name: values[rows, :longest] for name, values in inputs.items()}
+            some = targets[rows, :longest] if task is tagged else targets[rows]
+            results.append(reweighter.step((batch, some, rows)))
+            shapes.add(longest)
+        assert reweighter.meta_updates > 60 and max(result.weights.std() for result in results) > 0.01
+        found.append((list(model.parameters()), [result.weights for result in results]))
+    assert len(shapes) > 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)  # the weighting is in float32

@@ -5,7 +5,10 @@ Every other logger takes the dict itself: ``wandb.log(reweighter.metrics())``, `
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from torch_molere.arguments import check_count
 
@@ -79,20 +82,48 @@ def lightning_callback(reweighter: MetaReweighter, *, every: int = 50) -> Any:
     return MolereMetrics()
 
 
-def trainer_callback(reweighter: MetaReweighter) -> Any:
-    """A ``transformers.TrainerCallback`` that adds ``reweighter.metrics()`` to the Trainer's logs, under ``molere/``.
+def trainer_callback(reweighter: MetaReweighter, *, resume_from: str | Path | None = None) -> Any:
+    """A ``transformers.TrainerCallback`` that adds ``reweighter.metrics()`` to the Trainer's logs, under ``molere/``,
+    and keeps the reweighter's state in each of the Trainer's checkpoints (in several processes one file a process).
+
+    Args:
+        reweighter: of the Trainer's model and optimizer.
+        resume_from: the checkpoint's folder, where it is none of ``output_dir``.
 
     Raises:
         ImportError: without ``pip install transformers``.
+        FileNotFoundError: when training resumes from a checkpoint that does not hold the reweighter's state.
     """
     try:
         from transformers import TrainerCallback
     except ImportError as error:
         raise ImportError("trainer_callback needs transformers: pip install 'torch-molere[transformers]'") from error
 
-    class MolereMetrics(TrainerCallback):  # type: ignore[misc]
+    def file(args: Any, folder: str | Path) -> Path:
+        return Path(folder) / ("reweighter.pt" if args.world_size == 1 else f"reweighter{args.process_index}.pt")
+
+    def checkpoint(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    class Molere(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if logs is not None:
                 logs.update({f"molere/{name}": value for name, value in reweighter.metrics().items()})
 
-    return MolereMetrics()
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = checkpoint(args, state)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(reweighter.state_dict(), file(args, folder))
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 0:
+                return
+            saved = file(args, resume_from or checkpoint(args, state))
+            if not saved.exists():
+                raise FileNotFoundError(
+                    f"training resumes at step {state.global_step}, but there is no {saved} with the reweighter's "
+                    "state: give trainer_callback(resume_from=...) the folder of a checkpoint that was written with it"
+                )
+            reweighter.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+
+    return Molere()

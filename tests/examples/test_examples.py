@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 
@@ -37,8 +38,9 @@ ARGUMENTS = {
     ],
     "language_model": ["--sequences", "256", "--length", "8", "--epochs", "2"],
     "hf_trainer": ["--rows", "64", "--epochs", "2"],
+    "hf_accelerate": ["--rows", "128", "--epochs", "2"],
 }
-FOLDERS = {"cifar": "--out", "lightning": "--folder", "hf_trainer": "--out"}
+FOLDERS = {"cifar": "--out", "lightning": "--folder", "hf_trainer": "--out", "hf_accelerate": "--out"}
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 
@@ -127,6 +129,20 @@ def test_few_lines_differ(name):
     assert 3 <= changed <= LINES
     table = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"| {changed} |" in next(line for line in table.splitlines() if f"({name}/" in line)
+
+
+def test_an_accelerated_run_is_resumed_bit_for_bit(tmp_path, images, made, monkeypatch):
+    _, options = made
+    options(warmup_steps=2, every=1)
+    whole = run("hf_accelerate", "reweighted", tmp_path / "whole", images)
+    save = accelerate.Accelerator.save_state
+    states = iter((save, lambda *_: stopped()))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(accelerate.Accelerator, "save_state", lambda *given: next(states)(*given))
+        run("hf_accelerate", "reweighted", tmp_path / "parts", images)
+    torch.manual_seed(99)
+    rest = run("hf_accelerate", "reweighted", tmp_path / "parts", images, ["--resume"])
+    assert rest == whole[len(whole) // 2 :] and len(rest) == 8
 
 
 def test_a_cifar_run_is_resumed_bit_for_bit(tmp_path, images, made, monkeypatch):

@@ -6,6 +6,7 @@ from same import assert_same
 from torch import nn
 
 from torch_molere import MetaReweighter, ValidationBuffer, with_indices
+from torch_molere.loggers import trainer_callback
 
 transformers = pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,21 +48,6 @@ def classifier():
 
 def reweighting(model, optimizer):
     return MetaReweighter(model, optimizer, validation=ValidationBuffer(fraction=0.2), warmup_steps=3, every=2)
-
-
-class Keep(transformers.TrainerCallback):
-    """Writes and reads the reweighter's state beside the Trainer's own checkpoints."""
-
-    def __init__(self, reweighter, resume_from=None):
-        self.reweighter = reweighter
-        self.resume_from = resume_from
-
-    def on_save(self, args, state, control, **_):
-        torch.save(self.reweighter.state_dict(), f"{args.output_dir}/checkpoint-{state.global_step}/reweighter.pt")
-
-    def on_train_begin(self, args, state, control, **_):
-        if self.resume_from is not None:
-            self.reweighter.load_state_dict(torch.load(f"{self.resume_from}/reweighter.pt", weights_only=True))
 
 
 class Reweighted(transformers.Trainer):
@@ -106,7 +92,7 @@ def trainer(tmp_path, accumulate=1, resume_from=None, short=False, **options):
         eval_dataset=Texts(),
         optimizers=(optimizer, None),
         compute_loss_func=compute_loss if short else None,
-        callbacks=[Keep(reweighter, resume_from)],
+        callbacks=[trainer_callback(reweighter, resume_from=resume_from)],
     )
     made.reweighter = reweighter
     return made, reweighter
@@ -167,18 +153,25 @@ def test_train_is_the_plain_loop(tmp_path, accumulate, precision, short, monkeyp
     assert reweighter.steps == STEPS // accumulate
 
 
-def test_resuming_is_never_having_stopped(tmp_path):
+@pytest.mark.parametrize("moved", [False, True])
+def test_resuming_is_never_having_stopped(tmp_path, moved):
+    """From the Trainer's own checkpoint, in its folder or in another."""
     whole, reweighter = trainer(tmp_path, save_strategy="steps", save_steps=12)
     whole.train()
-    again, resumed = trainer(tmp_path, resume_from=f"{tmp_path}/checkpoint-12")
-    again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-12")
+    place = tmp_path / "checkpoint-12"
+    if moved:
+        place = place.rename(tmp_path / "kept")
+        with pytest.raises(FileNotFoundError, match=r"resume_from=\.\.\."):
+            trainer(tmp_path)[0].train(resume_from_checkpoint=str(place))
+    again, resumed = trainer(tmp_path, resume_from=place if moved else None)
+    again.train(resume_from_checkpoint=str(place))
     assert_same(again.model.state_dict(), whole.model.state_dict())
     assert_same(resumed.state_dict(), reweighter.state_dict())
     assert resumed.steps == STEPS
 
 
 def test_what_a_tokenizer_and_its_collator_return():
-    """A ``BatchEncoding`` as inputs is a dict as inputs; unequal lengths in the buffer are refused with the remedy."""
+    """A ``BatchEncoding`` as inputs is a dict as inputs; unequal lengths are refused with the remedy, which works."""
     found = []
     for kind in (dict, transformers.BatchEncoding):
         model = classifier()
@@ -197,3 +190,9 @@ def test_what_a_tokenizer_and_its_collator_return():
     with pytest.raises(ValueError, match="pad"):
         reweighter.step((kind({name: inputs[name][:, :9] for name in inputs}), labels, rows))
     assert reweighter.steps == 6
+
+    buffer = ValidationBuffer(padding={"input_ids": 0, "attention_mask": 0})
+    reweighter = MetaReweighter(model, reweighter.optimizers[0], validation=buffer, warmup_steps=1, every=1)
+    for length in (9, 8, 10, 7):
+        reweighter.step((kind({name: inputs[name][:, :length] for name in inputs}), labels, rows))
+    assert reweighter.meta_updates == 3

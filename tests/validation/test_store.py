@@ -253,7 +253,7 @@ X = torch.randn(3, 4)
 @pytest.mark.parametrize(
     ("arguments", "targets", "message"),
     [
-        (((torch.randn(3, 5),), {}), torch.arange(3), "pad inputs to one length, or pass validation="),
+        (((torch.randn(3, 5),), {}), torch.arange(3), r"ValidationBuffer\(padding=\.\.\.\)"),
         (((X.double(),), {}), torch.arange(3), "pad inputs to one length"),
         (((X, None), {}), torch.arange(3), "inputs must be nested as in earlier batches"),
         (((), {"x": X}), torch.arange(3), "inputs must be nested as in earlier batches"),
@@ -398,3 +398,70 @@ def test_the_number_of_instances(arguments, targets, size):
     assert size_of(arguments, targets) == size
     with pytest.raises(ValueError, match="the targets must have a first dimension"):
         size_of(((), {}), torch.tensor(1.0))
+
+
+def texts(length, first):
+    """Three rows of ``length`` numbers, with a mask, as a model is called with them."""
+    ids = torch.arange(first, first + 3 * length).reshape(3, length)
+    return ((), {"ids": ids, "mask": torch.ones(3, length, dtype=torch.bool)}), ids % 7
+
+
+def test_shorter_instances_are_filled_up_to_the_longest_drawn():
+    store = InstanceStore(8, 10**6, {"ids": -1, "mask": 0, "targets": -100})
+    for number, length in enumerate((4, 2, 5)):
+        arguments, targets = texts(length, 100 * number)
+        store.insert(arguments, targets, 3, [0, 2], [10 * number + i for i in range(3)])
+    place = {row: number for number, row in enumerate(store._rows)}
+    (_, named), targets = store.draw([place[0], place[12]])
+    assert named["ids"].tolist() == [[0, 1, 2, 3], [104, 105, -1, -1]]
+    assert named["mask"].dtype == torch.bool and named["mask"].sum(dim=1).tolist() == [4, 2]
+    assert targets.tolist() == [[0, 1, 2, 3], [104 % 7, 105 % 7, -100, -100]]
+    (_, named), _ = store.draw([place[12], place[10]])
+    assert named["ids"].shape == (2, 2)
+
+    loaded = store.loaded(saved_and_read(store.state_dict()))
+    assert loaded.drawable == 0
+    loaded.check(*texts(3, 0), 3)
+    assert_same(loaded.draw([1, 3, 5]), store.draw([1, 3, 5]))
+    assert store.nbytes == sum(2 * (2 * 8 * length + length) for length in (4, 2, 5))
+
+
+def test_one_number_fills_every_tensor_up_in_all_its_dimensions():
+    store = InstanceStore(8, 10**6, 0.5)
+    for height, width in ((2, 3), (3, 1)):
+        store.insert(((torch.ones(2, height, width),), {}), torch.arange(2), 2, [1])
+    ((images,), _), targets = store.draw([0, 1])
+    assert images.shape == (2, 3, 3) and targets.tolist() == [1, 1]
+    assert torch.equal(images[0], torch.nn.functional.pad(torch.ones(2, 3), (0, 0, 0, 1), value=0.5))
+    assert torch.equal(images[1], torch.nn.functional.pad(torch.ones(3, 1), (0, 2), value=0.5))
+
+
+def test_padding_is_of_inputs_that_are_there_and_of_one_kind():
+    arguments, targets = texts(4, 0)
+    with pytest.raises(ValueError, match=r"padding names \['input_ids'\], .* is \['ids', 'mask', 'targets'\]"):
+        InstanceStore(8, 10**6, {"input_ids": 0}).check(arguments, targets, 3)
+    with pytest.raises(ValueError, match=r"padding names \[1\]"):
+        InstanceStore(8, 10**6, {0: 0, 1: 0}).check(((X, torch.arange(3)), {}), torch.arange(3), 3)
+    store = InstanceStore(8, 10**6, {"ids": 0})
+    store.insert(arguments, targets, 3, [0])
+    with pytest.raises(ValueError, match=r"ValidationBuffer\(padding=\.\.\.\)"):
+        store.check(*texts(5, 0), 3)  # the mask has no number
+    arguments[1]["ids"] = arguments[1]["ids"].float()
+    with pytest.raises(ValueError, match=r"inputs\['ids'\] must be a tensor of 2 dimensions and torch.int64"):
+        store.check(arguments, targets, 3)
+
+
+@pytest.mark.parametrize("padding", [None, -1])
+def test_what_was_loaded_goes_where_the_batches_are(padding):
+    """Also tensors in lists: a state that was read on the CPU serves a model on another device."""
+    store = InstanceStore(8, 10**6, padding)
+
+    def batch(device):
+        ids = torch.arange(6, device=device).reshape(3, 2)
+        return ((ids, [torch.ones(n + 1, device=device) for n in range(3)]), {}), torch.arange(3, device=device)
+
+    store.insert(*batch("cpu"), 3, [0, 2])
+    loaded = store.loaded(store.state_dict())
+    loaded.check(*batch("meta"), 3, wait=False)
+    arguments, targets = loaded.draw([0, 1])
+    assert {leaf.device.type for leaf in leaves_of((arguments, targets))} == {"meta"}

@@ -20,7 +20,7 @@ from torch_molere.networks import OptimizerFactory, check_states, learning_param
 from torch_molere.samples import Samples
 from torch_molere.splitting import MarginSplitter, RandomSplitter, splitter_loss
 from torch_molere.validation.source import Drawn, Sending, ValidationSource
-from torch_molere.validation.store import LEAST, InstanceStore, size_of
+from torch_molere.validation.store import LEAST, InstanceStore, Padding, size_of
 
 LABEL_TOLERANCE = 0.25
 """How far the share of a class among the buffer's labels may exceed its share of the stream, relative."""
@@ -51,12 +51,16 @@ class ValidationBuffer(ValidationSource):
         hold_out: whether instances sent are left out of training.
         capacity: the most instances held, by all ranks together; at least 2.
         max_bytes: the most memory that they take, together too.
+        padding: for inputs or targets of another length in each batch (texts padded to their batch's longest): what
+            fills shorter instances up at the end. A number for all tensors, or one by the name of an input (its
+            position where the model is called without names) and ``"targets"``:
+            ``{"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "targets": -100}``.
         batch_size: of a validation batch; half the training batch's by default, at least 2.
         lr: learning rate of the splitter's optimizer (Adam), where it has parameters.
         optimizer: makes another one from a list of parameters.
 
     Raises:
-        TypeError: if ``splitter`` is no module or ``optimizer`` cannot be called.
+        TypeError: if ``splitter`` is no module, ``optimizer`` cannot be called, or ``padding`` holds no numbers.
         ValueError: if another argument is out of its range.
     """
 
@@ -68,6 +72,7 @@ class ValidationBuffer(ValidationSource):
         hold_out: bool = False,
         capacity: int = 2048,
         max_bytes: int = 256 * 2**20,
+        padding: Padding | None = None,
         batch_size: int | None = None,
         lr: float = 1e-3,
         optimizer: OptimizerFactory | None = None,
@@ -87,6 +92,10 @@ class ValidationBuffer(ValidationSource):
         self.holds_out = hold_out
         self.capacity = check_count("capacity", capacity, LEAST)
         self.max_bytes = check_count("max_bytes", max_bytes, 1)
+        numbers = list(padding.values()) if isinstance(padding, Mapping) else [0 if padding is None else padding]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError(f"padding must be a number, or numbers by the name of an input, got {padding!r:.60}")
+        self.padding = dict(padding) if isinstance(padding, Mapping) else padding
         self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, LEAST)
         if hasattr(self.splitter, "fraction"):
             self.splitter.fraction = fraction  # type: ignore[assignment]
@@ -126,7 +135,8 @@ class ValidationBuffer(ValidationSource):
         self.splitter.to(device)
         self._optimizer = optimizer_of(self.splitter, self._optimizer_factory, self._lr)
         self._warmup_splitter = RandomSplitter(self.fraction, seed)
-        self._store = InstanceStore(max(-(-self.capacity // ranks()), LEAST), -(-self.max_bytes // ranks()))
+        capacity, max_bytes = max(-(-self.capacity // ranks()), LEAST), -(-self.max_bytes // ranks())
+        self._store = InstanceStore(capacity, max_bytes, self.padding)
 
     def probabilities(self, samples: Samples, warming_up: bool) -> Tensor:
         """``(B,)`` probabilities of the training side, for :meth:`choose`.
@@ -236,7 +246,7 @@ class ValidationBuffer(ValidationSource):
             ValueError: for other shapes, dtypes, nesting or constants, as each batch alone is refused later on.
         """
         if len(sendings) > 1 and len(self.store) == 0:
-            trial = InstanceStore(LEAST, self.max_bytes)
+            trial = InstanceStore(LEAST, self.max_bytes, self.padding)
             for sending in sendings:
                 size = size_of(sending.arguments, sending.targets) if sending.rows is None else len(sending.rows)
                 trial.insert(sending.arguments, sending.targets, size, [0])

@@ -11,18 +11,58 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from torch_molere.calls import Arguments, leaves_of, map_leaves
+from torch_molere.calls import Arguments, leaves_of, map_leaves, move, tensors_of
 
 LEAST = 2
 """The fewest instances that make a validation batch: batch norm needs two."""
+
+Padding = float | Mapping[str | int, float]
+"""What fills up shorter instances: one number for all tensors, or one by the name or position of an input."""
 
 _COLUMNS: tuple[type, ...] = (Tensor, np.ndarray, list, tuple)
 _CONSTANT = (
     "has no value for each instance, so that it cannot be kept with them in the validation buffer, and is another than "
     "in earlier batches: give it by instance (a tensor with the batch first, or a list), or pass validation="
 )
+
+
+class _Padded:
+    """In a layout the place of a tensor whose instances have one size in this batch and another in that.
+
+    Args:
+        value: fills up shorter instances.
+        column: of the batch that decides.
+    """
+
+    def __init__(self, value: float, column: Tensor) -> None:
+        self.value = value
+        self.kind = column.ndim, column.dtype
+
+    def batch(self, instances: Sequence[Tensor]) -> Tensor:
+        """``(B, …)``: each filled up at the ends to the largest size that one of them has."""
+        sizes = [max(found) for found in zip(*(instance.shape for instance in instances), strict=True)]
+        filled = []
+        for instance in instances:
+            missing = [size - own for size, own in zip(sizes, instance.shape, strict=True)]
+            ends = [number for each in reversed(missing) for number in (0, each)]
+            filled.append(F.pad(instance, ends, value=self.value))
+        return torch.stack(filled)
+
+
+class _Instances:
+    """Those of a column that are kept one by one."""
+
+    def __init__(self, column: Tensor) -> None:
+        self.column = column
+
+    def __len__(self) -> int:
+        return self.column.shape[0]
+
+    def __getitem__(self, position: int) -> Tensor:
+        return self.column[position]
 
 
 class InstanceStore:
@@ -38,11 +78,14 @@ class InstanceStore:
         capacity: the most instances, at least 2.
         max_bytes: the most memory that they may take; lowers the capacity where they are large. What lists hold is
             counted once it is there; two instances stay in any case.
+        padding: where tensors of one input have other sizes in other batches, what fills shorter instances up in a
+            batch put together; they are kept as lists are.
     """
 
-    def __init__(self, capacity: int, max_bytes: int) -> None:
+    def __init__(self, capacity: int, max_bytes: int, padding: Padding | None = None) -> None:
         self.capacity = capacity
         self.max_bytes = max_bytes
+        self.padding = padding
         self._layout: Any = None  # (arguments, targets) with the type of each column in its place
         self._candidate: Any = None  # that of the latest batch checked, while no batch has decided
         self._columns: list[Any] = []  # tensors and lists, by slot
@@ -206,7 +249,7 @@ class InstanceStore:
             raise ValueError(f"the buffer's columns, rows, … must have one length, got {sorted(lengths)}")
         if len(set(known)) < len(known) or any(type(number) is not int for number in (*known, *classes, *times)):
             raise ValueError("the buffer's classes and times must be integers, its rows different integers")
-        store = InstanceStore(self.capacity, self.max_bytes)
+        store = InstanceStore(self.capacity, self.max_bytes, self.padding)
         if columns:
             store._allocate(columns)
         if len(rows) > store.capacity:
@@ -257,7 +300,7 @@ class InstanceStore:
 
     def _read(self, arguments: Arguments, targets: Any, size: int, wait: bool) -> tuple[list[Any], Tensor | None]:
         if self._layout is None:
-            self._candidate = _layout(arguments, targets, size)
+            self._candidate = _layout(arguments, targets, size, self.padding)
         columns: list[Any] = []
         differ: list[Tensor] = []
         _match(self._layout or self._candidate, (arguments, targets), size, columns, differ, ())
@@ -265,13 +308,14 @@ class InstanceStore:
         if not self._columns:
             self.capacity_for(columns)
         elif self._layout is None and len(found) == len(self._specs):  # loaded, perhaps onto another device
-            pairs = zip(self._columns, found, strict=True)
-            self._columns = [held.to(spec[2]) if spec and isinstance(held, Tensor) else held for held, spec in pairs]
+            self._columns = [_beside(held, column) for held, column in zip(self._columns, columns, strict=True)]
             self._specs = [_spec(held) for held in self._columns]
         if self._columns and found != self._specs:
             raise ValueError(
                 "the instances of every batch must have the same shapes, dtypes and devices to share the validation "
-                f"buffer: held {self._specs}, got {found}; pad inputs to one length, or pass validation="
+                f"buffer: held {self._specs}, got {found}. Where lengths differ, give "
+                "validation=ValidationBuffer(padding=...) the numbers that fill shorter ones up, or pad inputs to one "
+                "length; or pass validation data"
             )
         different = torch.stack([flag.to(differ[0].device) for flag in differ]).any() if differ else None
         if wait and different is not None and bool(different):
@@ -326,15 +370,28 @@ def size_of(arguments: Arguments, targets: Any) -> int:
     raise ValueError("the targets must have a first dimension, the number of instances")
 
 
-def _layout(arguments: Arguments, targets: Any, size: int) -> Any:
-    """The batch with the type of each column in its place, and copies of the constants."""
+def _layout(arguments: Arguments, targets: Any, size: int, padding: Padding | None = None) -> Any:
+    """The batch with the type of each column in its place, and copies of the constants.
 
-    def of(tree: Any) -> Any:
+    Raises:
+        ValueError: if no input has a column, or ``padding`` names what is no tensor of several dimensions.
+    """
+    fill = padding if isinstance(padding, Mapping) else {}
+    padded: list[Any] = []  # names in padding that were met
+    sizes: list[Any] = []  # names of what could be padded
+
+    def of(tree: Any, names: tuple[Any, ...]) -> Any:
         if _is_column(tree, size):
+            if isinstance(tree, Tensor) and tree.ndim > 1 and padding is not None:
+                sizes.append(names[-1])
+                known = [name for name in reversed(names) if name in fill]
+                padded.extend(known)
+                if known or not isinstance(padding, Mapping):
+                    return _Padded(fill[known[0]] if isinstance(padding, Mapping) else padding, tree)
             return next(kind for kind in _COLUMNS if isinstance(tree, kind))
         if (children := _children(tree)) is None:
             return _copied(tree)
-        children = {key: of(child) for key, child in children.items()}
+        children = {key: of(child, (*names, key) if isinstance(key, str) else names) for key, child in children.items()}
         if isinstance(tree, Mapping):
             return children if type(tree) is dict else type(tree)(children)  # type: ignore[call-arg]
         if isinstance(tree, (tuple, list)):
@@ -342,13 +399,22 @@ def _layout(arguments: Arguments, targets: Any, size: int) -> Any:
         return dataclasses.replace(tree, **children)
 
     positional, named = arguments
-    inputs = tuple(of(argument) for argument in positional), {name: of(argument) for name, argument in named.items()}
+    inputs = (
+        tuple(of(argument, (position,)) for position, argument in enumerate(positional)),
+        {name: of(argument, (name,)) for name, argument in named.items()},
+    )
     if not any(_is_kind(leaf) for leaf in leaves_of(inputs)):
         raise ValueError(
             f"no input has a value for each of the {size} instances (a batch-first tensor or array, or a list), "
             "so that instances cannot be kept in the validation buffer: pass validation="
         )
-    return inputs, of(targets)
+    layout = inputs, of(targets, ("targets",))
+    if unknown := [name for name in fill if name not in padded]:
+        raise ValueError(
+            f"padding names {unknown}, but what has a size to be filled up is {sizes}: inputs by their name, or by "
+            "their position where the model is called without names, and 'targets'"
+        )
+    return layout
 
 
 def _is_column(tree: Any, size: int) -> bool:
@@ -363,7 +429,7 @@ def _is_column(tree: Any, size: int) -> bool:
 
 
 def _is_kind(leaf: Any) -> bool:
-    return isinstance(leaf, type) and leaf in _COLUMNS
+    return isinstance(leaf, _Padded) or (isinstance(leaf, type) and leaf in _COLUMNS)
 
 
 def _children(tree: Any) -> dict[Any, Any] | None:
@@ -379,7 +445,16 @@ def _children(tree: Any) -> dict[Any, Any] | None:
 
 def _match(layout: Any, tree: Any, size: int, columns: list[Any], differ: list[Tensor], path: tuple[Any, ...]) -> None:
     """Collect the columns of a batch, and for constants on a device whether they differ from the layout's."""
-    if _is_kind(layout):
+    if isinstance(layout, _Padded):
+        found = (tree.ndim, tree.dtype) if isinstance(tree, Tensor) else None
+        if found != layout.kind or len(tree) != size:
+            raise ValueError(
+                f"{_named(path)} must be a tensor of {layout.kind[0]} dimensions and {layout.kind[1]} with a value for "
+                f"each of the {size} instances, as in earlier batches, to share the validation buffer, got "
+                f"{_described(tree)} of {getattr(tree, 'dtype', 'no dtype')}; or pass validation="
+            )
+        columns.append(_Instances(tree))
+    elif _is_kind(layout):
         if not isinstance(tree, layout) or getattr(tree, "ndim", 1) == 0 or len(tree) != size:
             raise ValueError(
                 f"{_named(path)} must be a {layout.__name__} with a value for each of the {size} instances, as in "
@@ -429,10 +504,20 @@ def _batch(layout: Any, columns: Sequence[Any]) -> tuple[Arguments, Any]:
         if not _is_kind(leaf):
             return _copied(leaf)
         column = next(remaining)
+        if isinstance(leaf, _Padded):
+            return leaf.batch(column)
         return column.numpy() if leaf is np.ndarray else tuple(column) if leaf is tuple else column
 
     arguments, targets = map_leaves(filled, layout)
     return arguments, targets
+
+
+def _beside(held: Any, column: Any) -> Any:
+    """What is held, on the device of a batch's column."""
+    if isinstance(held, Tensor):
+        return held.to(column.device) if isinstance(column, Tensor) else held
+    on = next(tensors_of(column[0]), None)
+    return held if on is None else [move(item, on.device) for item in held]
 
 
 def _picked(column: Any, positions: Sequence[int], index: Tensor | None = None) -> Any:

@@ -159,6 +159,13 @@ def test_reduction_none_must_be_one_loss_each():
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
+def test_logits_of_tokens_as_language_models_give_them_are_refused():
+    loss, tokens = PerSampleLoss(), torch.randint(7, (4, 5))
+    with pytest.raises(ValueError, match="compares each token with the next"):
+        loss(torch.randn(4, 5, 7), tokens)
+    assert loss(torch.randn(4, 7, 5), tokens).shape == (4,)
+
+
 def test_broadcasting_is_refused():
     for outputs, targets in ((LOGITS[:, :1], SOFT[:, 0]), (LOGITS[:, 0], SOFT[:, :1])):
         with pytest.raises(ValueError, match=r"MSELoss would broadcast .* to \(6, 6\); give both the same shape"):

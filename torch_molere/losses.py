@@ -84,13 +84,14 @@ class PerSampleLoss:
             TypeError: if the loss function returns no floating tensor, or outputs have auxiliary logits that a loss
                 of ``torch.nn`` would leave without a gradient.
             ValueError: if it returns a scalar or not one loss for each instance, or a loss of ``torch.nn`` would
-                broadcast outputs and targets against each other.
+                broadcast outputs and targets against each other or wants classes in another dimension.
         """
         if self._criterion is None:
             losses = self.loss_fn(outputs, targets)
             _check_losses(losses, targets, self.loss_fn, self.name)
             return losses
         logits = _only_logits(outputs)
+        _check_classes_first(logits, targets, self._criterion)
         elements = _without_reduction(self._criterion).forward(logits, targets)
         _check_elements(elements, logits, targets, self._criterion)
         if self._criterion.reduction == "none":
@@ -358,6 +359,17 @@ def _without_reduction(criterion: Any) -> Any:
     copy = object.__new__(type(criterion))
     copy.__dict__.update(criterion.__dict__, reduction="none")
     return copy
+
+
+def _check_classes_first(logits: Tensor, targets: Any, criterion: Any) -> None:
+    """Refuse logits ``(B, T, C)`` of tokens, as language models give them: cross-entropy wants ``(B, C, T)``."""
+    tokens = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) and getattr(targets, "ndim", 0) == 2
+    if tokens and logits.ndim == 3 and targets.shape == logits.shape[:2] and logits.shape[1] != logits.shape[2]:
+        raise ValueError(
+            f"{type(criterion).__name__} wants outputs (B, C, T) for targets (B, T), got {tuple(logits.shape)} for "
+            f"{tuple(targets.shape)}: pass loss_fn=a function (outputs, targets) -> (B,) that moves the classes to "
+            "the second dimension, and for a causal language model compares each token with the next"
+        )
 
 
 def _check_elements(elements: Tensor, logits: Tensor, targets: Tensor, criterion: Any) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import demo, gpu, mixture, pages, real, report_run
+from benchmarks import demo, gpu, mixture, pages, real, report_cost, report_run
 from benchmarks.catalogue import STUDIES
 from benchmarks.provenance import provenance
 from benchmarks.runs import Job, Place, run_all
@@ -76,6 +76,7 @@ app.command("real")(real.command(at_real_scale))
 app.command("people")(report_run.run)
 app.command("mixture")(mixture.run)
 app.command("gpu")(gpu.run)
+app.command("report-cost")(report_cost.cost)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks import report_cost
 from benchmarks.provenance import machine_name
 from benchmarks.ranks import summarised
 from benchmarks.report import markdown
@@ -17,7 +18,7 @@ from benchmarks.speed_figures import draw_steps
 
 def section(results: Path) -> str:
     """The tables of all stored measurements, the figure drawn; empty without any."""
-    parts = [*_steps(results), *_memory(results), *_ranks(results)]
+    parts = [*_steps(results), *_memory(results), *_ranks(results), *_report(results)]
     return "## What it costs\n\n" + "\n".join(parts) + "\n" if parts else ""
 
 
@@ -73,6 +74,26 @@ def _ranks(results: Path) -> Iterator[str]:
             f"What a process sends in a step, and how much more with reweighting, without and with a meta-update: "
             f"{about['model']}, {about['parameters']:,} parameters, a batch of {about['batch']} a process, gloo. "
             f"{_made(results, file.with_suffix('.json').name)}\n\n{markdown(shown)}"
+        )
+
+
+def _report(results: Path) -> Iterator[str]:
+    file = results / report_cost.FILE
+    if file.exists():
+        frame = pd.read_csv(file)
+        shown = pd.DataFrame(
+            {
+                "rows": frame["rows"].map("{:,.0f}".format),
+                "to record once, s": frame["record_seconds"].map("{:.2f}".format),
+                "file, MB": frame["file_mb"].map("{:.1f}".format),
+                "to write the report, s": frame["write_seconds"].map("{:.1f}".format),
+                "report, MB": frame["page_mb"].map("{:.1f}".format),
+                "until it is drawn, s": frame["drawn_seconds"].map("{:.2f}".format),
+            }
+        )
+        yield (
+            "A `Recorder` (it records at every 1,000 steps by default) and its report with thumbnails, in "
+            f"headless Chromium. {_made(results, file.with_suffix('.json').name)}\n\n{markdown(shown)}"
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import costs, speed
+from benchmarks import costs, report_cost, speed
 from benchmarks.contenders import SETTLED, Task, molere
 from benchmarks.profiling import PARTS, WHOLE, seconds_by_part
 from benchmarks.speed_figures import draw_growth
@@ -81,10 +81,21 @@ def test_the_page_has_every_cost_that_is_stored(tmp_path):
     rows = [("ddp", 2, quantity, 0, value) for quantity, value in told.items()]
     columns = ["wrap", "ranks", "quantity", "round", "value"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "ranks-cpu.csv")
+    (tmp_path / "report-cpu.json").write_text(json.dumps(config))
+    measured = {"rows": 5000, "record_seconds": 0.25, "file_mb": 1.5, "write_seconds": 2, "page_mb": 3}
+    pd.DataFrame([measured | {"drawn_seconds": 0.75}]).to_csv(tmp_path / "report-cpu.csv")
     page = costs.section(tmp_path)
+    assert "| 5,000 | 0.25 | 1.5 | 2.0 | 3.0 | 0.75 |" in page
     assert "| m-sgd | 1.00 | 1.50 |" in page
     assert "| m | sgd | glibc | MOLERE, every 5 | 1.25 | 1.12 |" in page
     assert "| DDP | 2 | 1 | 330 | 4 | 4,321 | 2 | 1,000 |" in page
+
+
+def test_the_cost_of_a_report_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_cost, "opened", lambda page, repeats: float(page.exists()))
+    report_cost.cost([1000], 1, tmp_path)
+    (found,) = pd.read_csv(tmp_path / report_cost.FILE).to_dict("records")
+    assert found.pop("rows") == 1000 and found.pop("drawn_seconds") == 1.0 and min(found.values()) > 0
 
 
 def test_parts_of_a_step():

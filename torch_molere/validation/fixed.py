@@ -36,7 +36,10 @@ class FixedValidation(ValidationSource):
 
     def __init__(self, batches: Iterable[Any]) -> None:
         if not isinstance(batches, Iterable):
-            raise TypeError(f"validation must be an iterable of batches, got {type(batches).__name__}")
+            raise TypeError(
+                f"validation must be an iterable of batches, got {type(batches).__name__}; of a dataset give "
+                "DataLoader(dataset, batch_size=..., shuffle=True)"
+            )
         if isinstance(batches, Iterator):
             raise TypeError(
                 "validation must be an iterable that can start again (a DataLoader or a list), "
@@ -72,7 +75,10 @@ class FixedValidation(ValidationSource):
         batch = self._batch
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             found = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
-            raise ValueError(f"validation must yield (inputs, targets) or (inputs, targets, indices), got {found}")
+            raise ValueError(
+                f"validation must yield (inputs, targets) or (inputs, targets, indices), got {found}; "
+                "a single batch is a list of one: [(inputs, targets)]"
+            )
         # A model that edits its inputs in place must not edit the user's.
         inputs, targets = map_tensors(lambda t: t.to(self.device or t.device, copy=True), tuple(batch[:2]))
         return Drawn(arguments_of(inputs), targets, [])

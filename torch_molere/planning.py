@@ -319,8 +319,8 @@ def _check_owners(r: Core, losses: Tensor) -> None:
         raise RuntimeError(
             f"the optimizer holds {len(shapes)} parameters that the loss depends on and that are no parameters of "
             f"model or loss_fn (of shapes {shapes[:5]}): the look-ahead cannot move them. Make them attributes of a "
-            "module in model (nn.ParameterList instead of a list), wrap networks that are called one after the other in one "
-            "module, or pass the module that has them as loss_fn"
+            "module in model (nn.ParameterList instead of a list), put networks that follow each other into "
+            "one module, or pass the module that has them as loss_fn"
         )
     if any(user_hooks(owner) for owner in owners):
         raise RuntimeError(

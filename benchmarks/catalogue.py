@@ -16,6 +16,11 @@ FEATURES = Setting("features", data="features:cifar10", rows=4_000, epochs=20, l
 TUNED = replace(DEFAULT, name="default, tuned", tuned=True)
 TRUSTED_TUNED = replace(TRUSTED, name="default, trusted, tuned", tuned=True)
 
+BALANCED = Method("default, classes alike", untrusted=True, arguments={"val_loss": "balanced"})
+BALANCED_TUNED = replace(BALANCED, name="default, classes alike, tuned", tuned=True)
+CLASS_BALANCED = Method("class-balanced loss", "balanced", 0.9999, untrusted=True)
+CLASS_BALANCED_TUNED = replace(CLASS_BALANCED, name="class-balanced loss, tuned", tuned=True)
+
 FREE = {"shrinkage": None}
 BY_HARDNESS = tuple(Method(name, arguments={"splitter": name, **FREE}) for name in ("easy", "random", "soft", "hard"))
 EASY, OF_RANDOM, SOFT, HARD = BY_HARDNESS
@@ -113,6 +118,11 @@ RARE = Study(
     (
         RANDOM,
         *(untrusted(method) for method in (SOFT, HARD, HARD_WIDE, TUNED)),
+        BALANCED,
+        BALANCED_TUNED,
+        shuffled(BALANCED),
+        CLASS_BALANCED,
+        CLASS_BALANCED_TUNED,
         DEFAULT,
         TRUSTED,
         TRUSTED_TUNED,
@@ -125,6 +135,8 @@ RARE = Study(
     claims=(
         *above(DEFAULT, "MLP, tail 100", measure="balanced", plain=3),
         *above(TUNED, "MLP, tail 100", measure="balanced", tuned=3),
+        *above(BALANCED, "MLP, tail 100", measure="balanced", plain=3, shuffled=3),
+        *above(BALANCED_TUNED, "MLP, tail 100", measure="balanced", tuned=3),
         *above(TRUSTED_TUNED, "MLP, tail 100, 20 trusted a class", measure="balanced", tuned=2.5),
         *above(TRUSTED, "MLP, tail 100, 20 trusted a class", measure="worst_class", plain=15),
         *above(TRUSTED, "MLP, cue 98 %, 500 trusted", plain=4),
@@ -148,12 +160,13 @@ IMAGES = Study(
             CONV, name="40 % at random, 1,000 trusted, no augmentation", augment="", labels="random:0.4", trusted=1_000
         ),
     ),
-    (RANDOM, untrusted(HARD), DEFAULT, TRUSTED),
+    (RANDOM, untrusted(HARD), BALANCED, CLASS_BALANCED, DEFAULT, TRUSTED),
     measures=("balanced", "worst_class", "best_accuracy", "nll", "train_accuracy", "weight_sd"),
     grid=False,
     claims=(
         *above(DEFAULT, "clean", plain=-0.3),
         *above(DEFAULT, "tail 100", measure="balanced", plain=3),
+        *above(BALANCED, "tail 100", measure="balanced", plain=3),
         *above(TRUSTED, "tail 100, 20 trusted a class", measure="balanced", plain=7),
         *above(TRUSTED, "tail 100, 20 trusted a class", measure="worst_class", plain=15),
         *above(TRUSTED, "40 % at random, 1,000 trusted, no augmentation", plain=10, best=2),
@@ -210,6 +223,10 @@ FINETUNE = Study(
     (
         RANDOM,
         *(untrusted(method) for method in (HARD, TUNED)),
+        BALANCED,
+        BALANCED_TUNED,
+        CLASS_BALANCED,
+        CLASS_BALANCED_TUNED,
         DEFAULT,
         TRUSTED,
         TRUSTED_TUNED,
@@ -221,6 +238,7 @@ FINETUNE = Study(
         *above(TRUSTED, "45 % to the next class, 500 trusted", plain=12, best=-2),
         *above(TRUSTED, "people's worst, 500 trusted", plain=5, best=-2),
         *above(TRUSTED, "tail 100, 20 trusted a class", plain=2.5),
+        *above(BALANCED, "tail 100", plain=3),
     ),
     finding="Tune the rate and the decay first: where rows are few or labels wrong, that gains most. With trusted "
     "rows the weights add to it where labels are wrong in a pattern and on a tail; on people's wrong labels "

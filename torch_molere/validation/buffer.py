@@ -93,7 +93,7 @@ class ValidationBuffer(ValidationSource):
         self.capacity = check_count("capacity", capacity, LEAST)
         self.max_bytes = check_count("max_bytes", max_bytes, 1)
         numbers = list(padding.values()) if isinstance(padding, Mapping) else [0 if padding is None else padding]
-        if not all(isinstance(number, (int, float)) for number in numbers):
+        if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
             raise TypeError(f"padding must be a number, or numbers by the name of an input, got {padding!r:.60}")
         self.padding = dict(padding) if isinstance(padding, Mapping) else padding
         self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, LEAST)

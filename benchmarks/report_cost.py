@@ -23,8 +23,6 @@ from benchmarks.provenance import provenance
 from benchmarks.store import write
 from torch_molere import MetaReweighter, with_indices
 from torch_molere.report import Recorder, Run
-from torch_molere.report.page import write as write_page
-from torch_molere.report.pictures import Pictures
 
 STEPS = 200
 FILE = "report-cpu.csv"
@@ -49,6 +47,9 @@ def cost(
 
 def measured(count: int, repeats: int, folder: Path) -> dict[str, float]:
     """Of a run with so many rows; seconds are medians."""
+    from torch_molere.report.page import write as write_page  # which needs the extra 'report'
+    from torch_molere.report.pictures import Pictures
+
     reweighter = trained(count)
     recorder = Recorder(reweighter, folder / "run")
     record = median(recorder.record, repeats)

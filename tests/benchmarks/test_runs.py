@@ -1,5 +1,7 @@
 """Jobs, studies and the command line, on digits."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -20,6 +22,13 @@ from benchmarks.studies import Study, grid_of, tried
 TINY = Setting("tiny", data="digits", epochs=2, batch_size=50, rows=200)
 NEXT = replace(TINY, name="next", labels="next:0.4", trusted=50)
 SMALL = Study("small", "?", (TINY, NEXT), (DEFAULT, TRUSTED, replace(DEFAULT, name="tuned", tuned=True)), seeds=2)
+
+
+def test_the_main_job_needs_its_own_extra_alone():
+    """What only other extras bring is not imported by ``python -m benchmarks``."""
+    others = ["jinja2", "altair", "vl_convert", "playwright", "lightning", "accelerate", "hypothesis", "betty"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import benchmarks.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ RARE = Study(
     finding="With twenty trusted rows a class, the rarest class is learned at all. Without trusted rows, validation in "
     "which all classes count alike (a weight by class in val_loss_fn, hard rows drawn more often) gains 7 points on a "
     "tail, 3 over plain training at its best rate, and the rarest class is learned too; shuffled, its weights gain "
-    "nothing. A class-balanced loss gains as much at the setting's own rate, and fails at the best rate of plain "
+    "nothing. A class-balanced loss gains one more at the setting's own rate, and fails at the best rate of plain "
     "training. The default, whose validation has the tail's own proportions, gains about what a tuned rate gives. The "
     "cue is a matter of rate and decay first: tuned plain training gains more there than any weights at the "
     "setting's own rate.",
@@ -243,7 +243,9 @@ FINETUNE = Study(
         *above(TRUSTED, "tail 100, 20 trusted a class", plain=2.5),
         *above(BALANCED, "tail 100", plain=3),
     ),
-    finding="Tune the rate and the decay first: where rows are few or labels wrong, that gains most. With trusted "
+    finding="Tune the rate and the decay first: where rows are few or labels wrong, that gains most. On a tail without "
+    "trusted rows a class-balanced loss gains more than reweighting, at the setting's own rate; at the best rate of "
+    "plain training it learns nothing. With trusted "
     "rows the weights add to it where labels are wrong in a pattern and on a tail; on people's wrong labels "
     "plain training at its best rate is as good. Evidence alone, taken before every step, gains more than φ "
     "on both of the former, at about twice the cost.",

@@ -306,11 +306,11 @@ AGAINST_PEERS = Study(
         replace(MLP, name="40 % at random, 500 trusted", labels="random:0.4", trusted=500),
     ),
     (*PEERS, BALANCED, DEFAULT, TRUSTED, L2R, META_WEIGHT_NET),
-    finding="Each method is good at one thing. On a tail the class-balanced loss gains most, Just Train Twice five points, "
-    "and the default two (seven with all classes alike in validation). Where labels are wrong in a pattern, only what "
-    "uses the trusted rows as validation gains much: Learning to Reweight and the default alike; Meta-Weight-Net in two "
-    "seeds of three. Where they are wrong at random, or right, nothing gains in accuracy, and methods that look for hard "
-    "rows lose; validation on trusted rows gives by far the best calibration.",
+    finding="Each method is good at one thing. On a tail the class-balanced loss gains most, Just Train Twice five "
+    "points, and the default two (seven with all classes alike in validation). Where labels are wrong in a pattern, "
+    "only what uses the trusted rows as validation gains much: Learning to Reweight and the default alike, "
+    "Meta-Weight-Net in two seeds of three. Where they are wrong at random, or right, nothing gains in accuracy, and "
+    "methods that look for hard rows lose; validation on trusted rows gives by far the best calibration.",
 )
 
 FIND = Study(

@@ -124,9 +124,8 @@ def train_on_rank(rank, options):
     return train(options, silent)
 
 
-@pytest.mark.parametrize("method", ["plain", "trusted"])
-def test_two_ranks_keep_one_model(options, method):
-    options = replace(options, method=method, trusted=9, epochs=6)
+def test_two_ranks_keep_one_model(options):
+    options = replace(options, method="trusted", trusted=9, epochs=6)
     first, second = in_ranks(2, train_on_rank, options)
     assert first["ranks"] == 2 and first["accuracy"] > 0.6 and second is None
     states = [torch.load(options.out / f"checkpoint-{rank}.pt", weights_only=True)["model"] for rank in (0, 1)]

@@ -32,7 +32,12 @@ def ctrl_c_raises():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+    # What PyTorch's own contexts leave behind where they are interrupted while they are entered or left.
     torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)
+    for _ in range(torch.autocast_increment_nesting()):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
 
 
 class Faults:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -58,17 +58,19 @@ def _ranks(results: Path) -> Iterator[str]:
     if file.exists():
         frame = summarised(pd.read_csv(file))
         about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        shown = pd.DataFrame(
+        frame["wrap"] = frame["wrap"].map({"ddp": "DDP", "fsdp": "FSDP2"})
+        shown = _formatted(
+            frame,
             {
-                "wrapper": frame["wrap"].map({"ddp": "DDP", "fsdp": "FSDP2"}),
-                "processes": frame["ranks"],
-                "messages more": frame["step_messages"].map("{:.0f}".format),
-                "bytes more": frame["step_bytes"].map("{:,.0f}".format),
-                "messages more, meta-update": frame["meta_messages"].map("{:.0f}".format),
-                "bytes more, meta-update": frame["meta_bytes"].map("{:,.0f}".format),
-                "plain training's messages": frame["plain_messages"].map("{:.0f}".format),
-                "and bytes": frame["plain_bytes"].map("{:,.0f}".format),
-            }
+                "wrapper": ("wrap", ""),
+                "processes": ("ranks", ""),
+                "messages more": ("step_messages", ".0f"),
+                "bytes more": ("step_bytes", ",.0f"),
+                "messages more, meta-update": ("meta_messages", ".0f"),
+                "bytes more, meta-update": ("meta_bytes", ",.0f"),
+                "plain training's messages": ("plain_messages", ".0f"),
+                "and bytes": ("plain_bytes", ",.0f"),
+            },
         )
         yield (
             f"What a process sends in a step, and how much more with reweighting, without and with a meta-update: "
@@ -80,21 +82,26 @@ def _ranks(results: Path) -> Iterator[str]:
 def _report(results: Path) -> Iterator[str]:
     file = results / report_cost.FILE
     if file.exists():
-        frame = pd.read_csv(file)
-        shown = pd.DataFrame(
+        shown = _formatted(
+            pd.read_csv(file),
             {
-                "rows": frame["rows"].map("{:,.0f}".format),
-                "to record once, s": frame["record_seconds"].map("{:.2f}".format),
-                "file, MB": frame["file_mb"].map("{:.1f}".format),
-                "to write the report, s": frame["write_seconds"].map("{:.1f}".format),
-                "report, MB": frame["page_mb"].map("{:.1f}".format),
-                "until it is drawn, s": frame["drawn_seconds"].map("{:.2f}".format),
-            }
+                "rows": ("rows", ",.0f"),
+                "to record once, s": ("record_seconds", ".2f"),
+                "file, MB": ("file_mb", ".1f"),
+                "to write the report, s": ("write_seconds", ".1f"),
+                "report, MB": ("page_mb", ".1f"),
+                "until it is drawn, s": ("drawn_seconds", ".2f"),
+            },
         )
         yield (
             "A `Recorder` (it records at every 1,000 steps by default) and its report with thumbnails, in "
             f"headless Chromium. {_made(results, file.with_suffix('.json').name)}\n\n{markdown(shown)}"
         )
+
+
+def _formatted(frame: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """By title a column of the frame and its format."""
+    return pd.DataFrame({title: frame[name].map(f"{{:{form}}}".format) for title, (name, form) in columns.items()})
 
 
 def _made(results: Path, pattern: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from benchmarks.methods import DEFAULT, RANDOM, TRUSTED, Method, shuffled
 from benchmarks.problems import Setting
 from benchmarks.studies import Claim, Study, above
+from benchmarks.sweeps import Sweep
 
 DIGITS = Setting("digits", data="digits", standardised=False, epochs=40, batch_size=50)
 MLP = Setting("MLP", side=14, standardised=False)
@@ -65,6 +66,8 @@ ORDER = Study(
         replace(MLP, name="MLP, decay 3e-3", weight_decay=3e-3),
         replace(MLP, name="MLP, decay 1e-2", weight_decay=1e-2),
         replace(MLP, name="MLP, 10 epochs", epochs=10),
+        replace(CONV, name="conv net, no augmentation", augment=""),
+        CONV,
     ),
     (
         RANDOM,
@@ -80,7 +83,7 @@ ORDER = Study(
     ),
     measures=("accuracy", "best_accuracy", "hard_third", "middle_third", "easy_third", "margin", "ece", "weight_sd"),
     thirds=True,
-    untuned=("MLP, decay 3e-3", "MLP, decay 1e-2"),
+    untuned=("MLP, decay 3e-3", "MLP, decay 1e-2", "conv net, no augmentation", "conv net"),
     claims=(
         Claim("random validation serves better than easy", (), "random", "easy"),
         Claim("hard validation serves better than random", (), "hard", "random"),
@@ -364,6 +367,42 @@ SHIFT = Study(
     "Reweight trains on few rows, and loses.",
 )
 
+TRUSTED_ROWS = (0, 100, 500, 1_000)
+SWEEPS = (
+    Sweep(
+        "tail",
+        {f"{times}": replace(TAIL, imbalance=float(times)) for times in (10, 50, 100)},
+        (0, 200),
+        "trusted rows, evenly by class",
+    ),
+    Sweep("cue", {f"{share} %": replace(CUE, cue=share / 100) for share in (95, 98, 99)}, (0, 200, 500)),
+    Sweep(
+        "wrong at random",
+        {f"{share} %": replace(MLP, labels=f"random:{share / 100:g}") for share in (20, 40, 60)},
+        TRUSTED_ROWS,
+    ),
+    Sweep(
+        "wrong, to the next class",
+        {f"{share} %": replace(MLP, labels=f"next:{share / 100:g}") for share in (20, 45)},
+        TRUSTED_ROWS,
+    ),
+    Sweep(
+        "people's labels",
+        {name: replace(FEATURES, labels=f"label_{name}") for name in ("aggregate", "worst")},
+        TRUSTED_ROWS,
+    ),
+)
+
+AMOUNTS = Study(
+    "amounts",
+    "How much must be rare or wrong, and how many rows must be trusted, for reweighting to help? Tails, cues and wrong "
+    "labels of Fashion-MNIST (MLP), and people's labels of CIFAR-10 (CIFAR-10N, a head on features).",
+    tuple(setting for sweep in SWEEPS for setting in sweep.settings),
+    (BALANCED, untrusted(DEFAULT), TRUSTED),
+    seeds=3,
+    sweeps=SWEEPS,
+)
+
 CHOOSE = Study(
     "choose",
     "Which weighting, shrinkage λ, bound and rate of φ should be the defaults? By the selection rows, which are held "
@@ -425,5 +464,6 @@ CHOOSE = Study(
 )
 
 STUDIES = {
-    study.name: study for study in (ORDER, RARE, WRONG, IMAGES, FINETUNE, REPRODUCE, AGAINST_PEERS, FIND, SHIFT, CHOOSE)
+    study.name: study
+    for study in (ORDER, RARE, WRONG, AMOUNTS, IMAGES, FINETUNE, REPRODUCE, AGAINST_PEERS, FIND, SHIFT, CHOOSE)
 }

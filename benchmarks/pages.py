@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import costs, demo, mixture
+from benchmarks import costs, demo, mixture, sweeps
 from benchmarks.catalogue import STUDIES
+from benchmarks.methods import DEFAULT, TRUSTED
 from benchmarks.problems import Setting
 from benchmarks.provenance import machine_name
 from benchmarks.report import buckets, difference, interval, markdown, panels, scale_of, table, with_winners
@@ -70,6 +71,21 @@ def section(study: Study, folder: Path) -> str:
     claims = verdicts(study, parts)
     if len(claims):
         text += f"{markdown(claims.drop(columns='study'))}\n"
+    return text + (_swept(study, parts, folder) if study.sweeps else _each(study, parts, folder))
+
+
+def _swept(study: Study, parts: Parts, folder: Path) -> str:
+    """Many settings in one table, and the gains drawn."""
+    by_name = {setting.name: part for setting, part in parts}
+    own = {DEFAULT.name, TRUSTED.name}
+    text = f"{markdown(sweeps.table(study.sweeps, by_name, [m.name for m in study.methods if m.name not in own]))}\n"
+    sweeps.draw(study.sweeps, by_name, folder / "amounts.png")
+    return f"{text}![points over plain training by the number of trusted rows]({folder.name}/amounts.png)\n\n"
+
+
+def _each(study: Study, parts: Parts, folder: Path) -> str:
+    """A table for each setting, and the differences drawn."""
+    text = ""
     for setting, part in parts:
         plain = part[part["method"] == "plain"]
         text += f"**{setting.name}**: {_described(setting, plain)}; {part['seed'].nunique()} seeds.\n\n"

@@ -11,6 +11,7 @@ from benchmarks.methods import PLAIN, RANDOM, Method, shuffled
 from benchmarks.problems import Setting
 from benchmarks.report import winner
 from benchmarks.runs import Job
+from benchmarks.sweeps import Sweep
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class Study:
         measures: columns of the tables; the first is drawn.
         claims: what is to be shown.
         grid: whether plain training is tuned, but in settings that are ``untuned``: those of a problem whose rate or
-            decay is varied on purpose, which would be tuned to the same.
+            decay is varied on purpose, which would be tuned to the same, or costly ones.
         thirds, find: see :class:`benchmarks.runs.Job`.
         costly: settings with fewer seeds, and how many.
+        sweeps: where the settings are those of sweeps, which are shown together.
         finding: what came out, in words.
     """
 
@@ -65,6 +67,7 @@ class Study:
     thirds: bool = False
     find: bool = False
     costly: int = 3
+    sweeps: Sequence[Sweep] = ()
     finding: str = ""
 
     @property

@@ -22,6 +22,7 @@ from benchmarks.report import (
 )
 from benchmarks.store import Store
 from benchmarks.studies import Claim, Study, tried
+from benchmarks.sweeps import Sweep
 
 MADE = {"command": "python -m benchmarks some", "machine": {"processor": "some", "cores": 2}}
 STUDY = Study(
@@ -140,3 +141,28 @@ def test_the_page(frame, tmp_path, monkeypatch):
         assert text in page
     assert "40 % wrong labels" in page and "2 cores of an some" in page
     assert (tmp_path / "some" / "differences.png").exists()
+
+
+def test_sweeps_are_one_table_and_one_figure(frame, tmp_path, monkeypatch):
+    sweep = Sweep("wrong", {"20 %": Setting(""), "40 %": Setting("")}, (0, 100))
+    none, some, more, unrun = sweep.settings
+    assert [each.name for each in sweep.settings][:2] == ["wrong, 20 %, 0 trusted", "wrong, 20 %, 100 trusted"]
+    assert [each.trusted for each in sweep.settings] == [0, 100, 0, 100]
+    parts = {
+        none.name: frame[frame["setting"] == "one"],
+        some.name: frame[frame["setting"] == "two"].replace({"method": {"default": "default, trusted"}}),
+        more.name: frame[frame["setting"] == "two"],
+    }
+    study = Study("some", "?", sweep.settings, (RANDOM, DEFAULT), sweeps=(sweep,))
+    runs = pd.concat([part.assign(setting=name) for name, part in parts.items()])
+    monkeypatch.setattr(pages, "STUDIES", {"some": study})
+    store = Store(tmp_path / "some")
+    store.start(study.settings, (*study.tried, *study.methods), MADE)
+    runs.to_csv(store.table, index=False)
+    pages.render(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| wrong")]
+    gains = "**+20.0 ± 0.0** | **-1.0 ± 0.0** | **+10.1 ± 0.2** | **+5.1 ± 0.2** | **-9.9 ± 0.2** |"
+    assert lines == [f"| {name} | 60.0 ± 24.8 | 65.0 | {gains}" for name in (none.name, some.name, more.name)]
+    assert unrun.name not in page
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "some" / "amounts.png").convert("L")))) > 20

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_molere.hypergradients.functional import own_stream
+from torch_molere.hypergradients.precision import full_precision
 from torch_molere.interrupts import uninterrupted
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -110,7 +111,7 @@ def networks_apart(
     Yields:
         The buffers of these modules and the copies that they write to instead.
     """
-    with own_stream(device, seed), torch.autocast(device.type, enabled=False):
+    with own_stream(device, seed), full_precision(device):
         if not writing:
             yield []
             return

@@ -18,7 +18,8 @@ from torch_molere.distributed.collectives import own_slice, ranks
 from torch_molere.history import indices_of
 from torch_molere.hypergradients.check import Found, LostInRoundingError, examine, visible
 from torch_molere.hypergradients.engines import OwnGraph
-from torch_molere.hypergradients.functional import Autocast, Call, Replay, reached_leaves, user_hooks
+from torch_molere.hypergradients.functional import Call, Replay, reached_leaves, user_hooks
+from torch_molere.hypergradients.precision import Autocast
 from torch_molere.hypergradients.update import parameters_of
 from torch_molere.networks import networks_apart
 from torch_molere.plan import Plan, Together

@@ -25,6 +25,7 @@ from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import anywhere, summed
 from torch_molere.hypergradients.engines import Engine, OwnGraph, finite_difference, forward_mode
 from torch_molere.hypergradients.functional import Replay, all_modules, gradients_apart, reached_leaves, user_hooks
+from torch_molere.hypergradients.precision import full_precision
 
 logger = logging.getLogger("torch_molere")
 
@@ -240,7 +241,7 @@ def examine(
         RuntimeError: if no engine is right; says why.
     """
     reached_leaves(losses)  # refuses reentrant checkpoints
-    with torch.autocast(losses.device.type, enabled=False):
+    with full_precision(losses.device):
         gradients = gradients_apart(replay.modules, (weights * losses).sum(), replay.owners)
     direction = [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
     known, reduced = losses.detach(), replay.call.autocast.enabled
@@ -359,7 +360,7 @@ def unreached(
     try:
         with torch.enable_grad():
             total = (weights * replay.losses(leaves, as_called=True)).sum()
-        with torch.autocast(total.device.type, enabled=False):
+        with full_precision(total.device):
             found = gradients_apart(replay.modules, total, leaves)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch_molere.calls import Arguments
 from torch_molere.distributed import fsdp
 from torch_molere.hypergradients.functional import Replay, gradients_apart, preserved_randomness, run_apart
+from torch_molere.hypergradients.precision import full_precision
 from torch_molere.losses import PerSampleLoss
 
 Engine = Literal["auto", "finite", "forward", "reverse", "unrolled"]
@@ -95,7 +96,7 @@ class OwnGraph:
     def __init__(self, losses: Tensor, owners: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._weights = torch.ones_like(losses, requires_grad=True)
-        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
+        with torch.enable_grad(), full_precision(losses.device):
             self._gradients = gradients_apart(modules, (self._weights * losses).sum(), owners, create_graph=True)
 
     def derivative(self, direction: Sequence[Tensor]) -> Tensor:
@@ -144,7 +145,7 @@ def unrolled(
             torch.enable_grad(),
             warnings.catch_warnings(),
             preserved_randomness(replay.device, replay.call.random),
-            torch.autocast(replay.device.type, enabled=False),
+            full_precision(replay.device),
             sdpa_kernel(SDPBackend.MATH),  # the attention kernel that can be differentiated twice
         ):
             warnings.simplefilter("ignore")  # higher's own deprecation warnings

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torch_molere.calls import Arguments, leaves_of, map_leaves, tensors_of
 from torch_molere.distributed import fsdp
+from torch_molere.hypergradients.precision import ACCELERATE, Autocast, own_forward
 from torch_molere.hypergradients.update import refuse_sparse
 from torch_molere.losses import PerSampleLoss
 
@@ -384,41 +385,6 @@ def output_tensors(outputs: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
             found += tensors_of(list(vars(leaf).values()))
     return found
-
-
-@dataclass(frozen=True)
-class Autocast:
-    """Whether operations run in reduced precision, and in which."""
-
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device: torch.device) -> Autocast:
-        return cls(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
-
-    def on(self, device: torch.device, wanted: bool) -> torch.autocast:
-        """A context with this precision, or with full precision where it is not ``wanted``."""
-        return torch.autocast(device.type, self.dtype, enabled=wanted and self.enabled, cache_enabled=False)
-
-
-ACCELERATE = "_original_forward"
-"""The attribute of a model that Accelerate (and so the Trainer) has put autocast around: its own forward."""
-
-
-@contextmanager
-def own_forward(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Without the autocast that Accelerate puts around a model's forward; in :func:`run_apart`, which puts it back."""
-    own = vars(model).get(ACCELERATE) if wanted else None
-    if own is None:
-        yield
-        return
-    around = model.forward
-    model.forward = own
-    try:
-        yield
-    finally:
-        model.forward = around
 
 
 class Call:

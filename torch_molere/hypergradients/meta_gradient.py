@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from torch_molere.calls import Arguments, batch_size, detached, device_of
 from torch_molere.distributed import fsdp
 from torch_molere.distributed.collectives import averaged, ranks, summed
-from torch_molere.hypergradients.functional import own_forward, preserved_randomness, reached_leaves, run_apart
+from torch_molere.hypergradients.functional import preserved_randomness, reached_leaves, run_apart
+from torch_molere.hypergradients.precision import own_forward
 from torch_molere.hypergradients.update import Update
 from torch_molere.losses import PerSampleLoss
 

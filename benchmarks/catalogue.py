@@ -166,7 +166,7 @@ IMAGES = Study(
             CONV, name="40 % at random, 1,000 trusted, no augmentation", augment="", labels="random:0.4", trusted=1_000
         ),
     ),
-    (RANDOM, untrusted(HARD), BALANCED, CLASS_BALANCED, DEFAULT, TRUSTED),
+    (RANDOM, untrusted(HARD), BALANCED, CLASS_BALANCED, DEFAULT, TRUSTED, ONLINE_AT_ONCE, L2R),
     measures=("balanced", "worst_class", "best_accuracy", "nll", "train_accuracy", "weight_sd"),
     grid=False,
     claims=(

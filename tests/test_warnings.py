@@ -128,9 +128,9 @@ def test_indices_are_no_matter_of_a_warning(said):
     assert not said("indices")
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
 def test_a_resume_without_the_state(kind, said):
-    """27. The optimizer has taken steps, the reweighter is new: said at the first loss, once."""
+    """27. The optimizer has taken steps, the reweighter is new: said once. Adagrad has state from the start."""
     torch.manual_seed(0)
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     model = nn.Linear(4, C)

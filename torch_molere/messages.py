@@ -39,7 +39,8 @@ class Messages:
 
     def at_start(self, optimizers: Sequence[Optimizer]) -> None:
         """Before the first loss: has training begun without this reweighter?"""
-        if any(optimizer.state for optimizer in optimizers):
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        if any(state and state.get("step") != 0 for state in states):  # Adagrad has state before its first step
             self.once(
                 "resumed",
                 "the optimizer has taken steps already, but this MetaReweighter starts anew: if this is a resumed run, "

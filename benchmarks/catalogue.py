@@ -13,6 +13,7 @@ DIGITS = Setting("digits", data="digits", standardised=False, epochs=40, batch_s
 MLP = Setting("MLP", side=14, standardised=False)
 CONV = Setting("conv net", data="cifar10", side=16, model="conv", augment="crops and flips")
 FEATURES = Setting("features", data="features:cifar10", rows=4_000, epochs=20, lr=0.01)
+TINY = replace(FEATURES, name="Tiny ImageNet", data="features:tiny-imagenet-50")
 
 TUNED = replace(DEFAULT, name="default, tuned", tuned=True)
 TRUSTED_TUNED = replace(TRUSTED, name="default, trusted, tuned", tuned=True)
@@ -221,8 +222,8 @@ WRONG = Study(
 
 FINETUNE = Study(
     "finetune",
-    "A head of two hidden layers on frozen ImageNet features (EfficientNet-Lite0) of CIFAR-10, soon memorised: "
-    "what practitioners do.",
+    "A head of two hidden layers on frozen ImageNet features (EfficientNet-Lite0) of CIFAR-10, soon memorised, and of "
+    "fifty classes of Tiny ImageNet: what practitioners do.",
     (
         replace(FEATURES, name="clean"),
         replace(FEATURES, name="tail 100", rows=10_000, imbalance=100.0),
@@ -230,6 +231,10 @@ FINETUNE = Study(
         replace(FEATURES, name="45 % to the next class, 500 trusted", labels="next:0.45", trusted=500),
         replace(FEATURES, name="people's worst, 500 trusted", labels="label_worst", trusted=500),
         replace(FEATURES, name="people's worst", labels="label_worst"),
+        replace(TINY, name="Tiny ImageNet, clean"),
+        replace(TINY, name="Tiny ImageNet, about 10 rows a class", rows=500, epochs=60),
+        replace(TINY, name="Tiny ImageNet, tail 100", rows=12_000, imbalance=100.0),
+        replace(TINY, name="Tiny ImageNet, 45 % to the next class, 500 trusted", labels="next:0.45", trusted=500),
     ),
     (
         RANDOM,

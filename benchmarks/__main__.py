@@ -100,10 +100,23 @@ def go(study: Study, folder: Path, place: Place, processes: int, seeds: int | No
     return store
 
 
-def _run_missing(jobs: list[Job], store: Store, place: Place, processes: int, only: str) -> None:
+def missing_of(jobs: list[Job], store: Store) -> list[Job]:
+    """Jobs without a stored run; tuned ones also where it has another rate or decay than is best by now."""
     finished = store.finished()
+
+    def missing(job: Job) -> bool:
+        key = job.setting.name, job.method.name, job.seed
+        if key not in finished:
+            return True
+        training = job.method.training
+        return job.method.tuned and finished[key] != (training["lr"], training["weight_decay"])
+
+    return [job for job in jobs if missing(job)]
+
+
+def _run_missing(jobs: list[Job], store: Store, place: Place, processes: int, only: str) -> None:
     jobs = [job for job in jobs if only in job.setting.name]
-    missing = [job for job in jobs if (job.setting.name, job.method.name, job.seed) not in finished]
+    missing = missing_of(jobs, store)
     if not missing:
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()

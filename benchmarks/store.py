@@ -80,9 +80,10 @@ class Store:
             return pd.DataFrame(columns=KEY)
         return pd.read_csv(self.table).drop_duplicates(KEY, keep="last", ignore_index=True)
 
-    def finished(self) -> set[tuple[str, str, int]]:
-        """The (setting, method, seed) that need no run any more."""
-        return {(row.setting, row.method, row.seed) for row in self.frame().itertuples()}
+    def finished(self) -> dict[tuple[str, str, int], tuple[float, float]]:
+        """Rate and weight decay of each finished (setting, method, seed)."""
+        rows = self.frame().reindex(columns=[*KEY, "lr", "weight_decay"]).itertuples(index=False)
+        return {(row[0], row[1], row[2]): (row[3], row[4]) for row in rows}
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep a finished run."""

@@ -138,6 +138,18 @@ def test_a_study_from_the_command_line(tmp_path, monkeypatch):
     assert torch.get_num_threads() == 1
 
 
+def test_a_tuned_run_is_made_again_where_another_rate_has_become_best(tmp_path):
+    method = replace(DEFAULT, name="tuned", tuned=True)
+    store = main.Store(tmp_path)
+    for seed in (0, 1):
+        for name in ("default", "tuned"):
+            store.add({"setting": "tiny", "method": name, "seed": seed, "lr": 0.05, "weight_decay": 1e-4})
+    for lr, decay, expected in ((0.05, 1e-4, [2]), (0.2, 1e-4, [0, 1, 2]), (0.05, 1e-3, [0, 1, 2])):
+        tuned = replace(method, training={"lr": lr, "weight_decay": decay})
+        jobs = [Job(TINY, tuned, seed) for seed in (0, 1, 2)] + [Job(TINY, DEFAULT, 0)]
+        assert [job.seed for job in main.missing_of(jobs, store)] == expected
+
+
 def test_ctrl_c_keeps_what_has_finished(tmp_path, monkeypatch):
     def stopping(jobs, place, processes):
         yield jobs[0], {"setting": "tiny", "method": "plain", "seed": 0, "accuracy": 0.5, "seconds": 1.0}

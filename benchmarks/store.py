@@ -86,8 +86,8 @@ class Store:
         return {(row[0], row[1], row[2]): (row[3], row[4]) for row in rows}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a finished run."""
-        both = pd.concat([self.frame(), pd.DataFrame([row])], ignore_index=True)
+        """Keep a finished run, in the place of an earlier one."""
+        both = pd.concat([self.frame(), pd.DataFrame([row])], ignore_index=True).drop_duplicates(KEY, keep="last")
         write(self.table, both.to_csv(index=False, float_format="%.5g"))
 
 

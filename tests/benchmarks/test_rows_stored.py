@@ -28,6 +28,8 @@ def test_rows_are_kept_with_what_made_them(tmp_path):
     ]
     assert again.described()["settings"]["tiny"]["lr"] == TINY.lr
     assert not list((tmp_path / "results").glob("*.partial"))
+    again.add({"setting": "tiny", "method": "plain", "seed": 0, "accuracy": 0.75})  # made again
+    assert again.frame()["accuracy"].tolist() == [0.25, 0.75] and len(again.table.read_text().splitlines()) == 3
 
 
 def test_a_store_grows_but_does_not_mix(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import typer
 
+from benchmarks.catalogue import STUDIES
 from benchmarks.methods import DEFAULT, PLAIN
 from benchmarks.problems import Setting
 from benchmarks.store import Store, write
@@ -56,3 +58,13 @@ def test_an_attribute_that_came_later_had_its_default(tmp_path):
     write(store.config, json.dumps(config))
     with pytest.raises(typer.BadParameter, match="another setting"):
         store.start([replace(TINY, momentum=0.0)], [PLAIN], MADE)
+
+
+@pytest.mark.parametrize("study", [study for study in STUDIES.values() if study.grid], ids=lambda study: study.name)
+def test_stored_runs_are_tuned_to_what_is_best_by_now(study):
+    store = Store(Path(__file__).parents[2] / "benchmarks/results" / study.name)
+    finished, frame = store.finished(), store.frame()
+    for job in study.second(9, frame):
+        training = job.method.training
+        rates = (training["lr"], training["weight_decay"])
+        assert finished.get((job.setting.name, job.method.name, job.seed), rates) == rates

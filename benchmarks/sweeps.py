@@ -87,7 +87,10 @@ def table(sweeps: Sequence[Sweep], parts: Mapping[str, pd.DataFrame], others: Se
 
 
 def draw(sweeps: Sequence[Sweep], parts: Mapping[str, pd.DataFrame], path: Path, columns: int = 3) -> None:
-    """A panel for each sweep: points over plain training by the number of trusted rows, a line for each amount."""
+    """A panel for each sweep that was run: points over plain training by the number of trusted rows, a line for each
+    amount."""
+    sweeps = [sweep for sweep in sweeps if any(setting.name in parts for setting in sweep.settings)]
+    columns = min(columns, len(sweeps))
     rows = -(-len(sweeps) // columns)
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(

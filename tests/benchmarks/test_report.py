@@ -153,7 +153,9 @@ def test_sweeps_are_one_table_and_one_figure(frame, tmp_path, monkeypatch):
         some.name: frame[frame["setting"] == "two"].replace({"method": {"default": "default, trusted"}}),
         more.name: frame[frame["setting"] == "two"],
     }
-    study = Study("some", "?", sweep.settings, (RANDOM, DEFAULT), sweeps=(sweep,))
+    unrun_sweep = Sweep("rare", {"10": Setting("")}, (0,))
+    settings = (*sweep.settings, *unrun_sweep.settings)
+    study = Study("some", "?", settings, (RANDOM, DEFAULT), sweeps=(sweep, unrun_sweep))
     runs = pd.concat([part.assign(setting=name) for name, part in parts.items()])
     monkeypatch.setattr(pages, "STUDIES", {"some": study})
     store = Store(tmp_path / "some")

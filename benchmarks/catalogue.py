@@ -68,7 +68,6 @@ ORDER = Study(
         replace(MLP, name="MLP, decay 1e-2", weight_decay=1e-2),
         replace(MLP, name="MLP, 10 epochs", epochs=10),
         replace(CONV, name="conv net, no augmentation", augment=""),
-        CONV,
     ),
     (
         RANDOM,
@@ -84,7 +83,7 @@ ORDER = Study(
     ),
     measures=("accuracy", "best_accuracy", "hard_third", "middle_third", "easy_third", "margin", "ece", "weight_sd"),
     thirds=True,
-    untuned=("MLP, decay 3e-3", "MLP, decay 1e-2", "conv net, no augmentation", "conv net"),
+    untuned=("MLP, decay 3e-3", "MLP, decay 1e-2", "conv net, no augmentation"),
     claims=(
         Claim("random validation serves better than easy", (), "random", "easy"),
         Claim("hard validation serves better than random", (), "hard", "random"),
@@ -97,7 +96,8 @@ ORDER = Study(
     "beats random is seen at the strongest decay alone: elsewhere random, soft, hard and learned are about equal in "
     "accuracy. What differs is whom they serve: the harder the validation, the more the test margins of hard images "
     "rise and those of easy ones fall (the last figure). Holding the rows out, as the paper does, costs more than the "
-    "weights give.",
+    "weights give. On a conv net that overfits there is no such order: easy validation gains a point, and so do the "
+    "weights of hard validation dealt out at random, which says that it is their spread that helps there.",
 )
 
 TAIL = replace(MLP, rows=12_500, imbalance=100.0)

@@ -106,6 +106,14 @@ def difference(part: pd.DataFrame, method: str, other: str, measure: str, minus:
     return interval((a - b).dropna())
 
 
+def shown_difference(part: pd.DataFrame, method: str, other: str, measure: str, minus: str = "") -> str:
+    """:func:`difference` as tables have it, bold where the interval leaves zero out."""
+    factor, form = scale_of(measure)
+    change = difference(part, method, other, measure, minus)
+    text = change.shown(f"+{form}", factor)
+    return f"**{text}**" if change.clear else text
+
+
 def with_winners(frame: pd.DataFrame, families: dict[str, str]) -> pd.DataFrame:
     """The members of each family replaced by the one that is best on the selection rows, as ``FAMILY, tuned``.
 
@@ -148,9 +156,7 @@ def table(part: pd.DataFrame, methods: Sequence[str], measures: Sequence[str], b
         row = {"": method, NAMES.get(main, main): interval(own[main]).shown(form, factor)}
         for other in (baseline, tuned):
             if other in set(part["method"]):
-                change = difference(part, method, other, main)
-                text = "" if method == other else change.shown(f"+{form}", factor)
-                row[f"minus {other}"] = f"**{text}**" if text and change.clear else text
+                row[f"minus {other}"] = "" if method == other else shown_difference(part, method, other, main)
         for measure in others:
             factor, form = scale_of(measure)
             row[NAMES.get(measure, measure)] = f"{factor * own[measure].mean():{form}}"

@@ -78,7 +78,7 @@ class Store:
         """One row for each finished run."""
         if not self.table.exists():
             return pd.DataFrame(columns=KEY)
-        return pd.read_csv(self.table).drop_duplicates(KEY, keep="last", ignore_index=True)
+        return pd.read_csv(self.table)
 
     def finished(self) -> dict[tuple[str, str, int], tuple[float, float]]:
         """Rate and weight decay of each finished (setting, method, seed)."""

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.methods import DEFAULT, PLAIN, TRUSTED
 from benchmarks.problems import Setting
-from benchmarks.report import BLUE, GREEN, ORANGE, STYLE, difference, interval, save
+from benchmarks.report import BLUE, GREEN, ORANGE, STYLE, difference, interval, save, shown_difference
 
 TUNED = f"{PLAIN.name}, tuned"
 
@@ -60,9 +60,7 @@ def table(sweeps: Sequence[Sweep], parts: Mapping[str, pd.DataFrame], others: Se
     def over(part: pd.DataFrame, method: str, other: str, minus: str = "") -> str:
         if not {method, other} <= set(part["method"]):
             return ""
-        change = difference(part, method, other, "accuracy", minus)
-        text = change.shown("+.1f", 100.0)
-        return f"**{text}**" if change.clear else text
+        return shown_difference(part, method, other, "accuracy", minus)
 
     rows = []
     for sweep in sweeps:
@@ -113,27 +111,18 @@ def draw(sweeps: Sequence[Sweep], parts: Mapping[str, pd.DataFrame], path: Path,
 
 def _panel(axes: Axes, sweep: Sweep, parts: Mapping[str, pd.DataFrame]) -> None:
     axes.axhline(0.0, color="#BBBBBB", lw=0.8)
-    for colour, (number, amount) in zip((BLUE, GREEN, ORANGE), enumerate(sweep.amounts), strict=False):
-        for style, tuned in (("-", False), ("--", True)):
-            places, means, halves = [], [], []
-            for place, trusted in enumerate(sweep.trusted):
-                setting = sweep.named(amount, trusted)
-                if setting.name not in parts:
-                    continue
-                change = difference(
-                    parts[setting.name], TUNED if tuned else reweighted(setting), PLAIN.name, "accuracy"
-                )
-                places.append(place + 0.08 * (number - 1))
-                means.append(100.0 * change.mean)
-                halves.append(100.0 * float(np.nan_to_num(change.half)))
-            if tuned:
-                axes.plot(places, means, style, color=colour, lw=1.0, alpha=0.7)
-            elif places:
-                axes.errorbar(
-                    places, means, halves, color=colour, lw=2.0, elinewidth=1.0, marker="o", ms=5, label=amount
-                )
+    for number, (amount, colour) in enumerate(zip(sweep.amounts, (BLUE, GREEN, ORANGE), strict=False)):
+        named = enumerate(sweep.named(amount, trusted) for trusted in sweep.trusted)
+        run = [(place + 0.08 * (number - 1), setting) for place, setting in named if setting.name in parts]
+        if not run:
+            continue
+        places = [place for place, _ in run]
+        own = [difference(parts[each.name], reweighted(each), PLAIN.name, "accuracy") for _, each in run]
+        tuned = [difference(parts[each.name], TUNED, PLAIN.name, "accuracy") for _, each in run]
+        means, halves = [100.0 * each.mean for each in own], [100.0 * np.nan_to_num(each.half) for each in own]
+        axes.errorbar(places, means, halves, color=colour, lw=2.0, elinewidth=1.0, marker="o", ms=5, label=amount)
+        axes.plot(places, [100.0 * each.mean for each in tuned], "--", color=colour, lw=1.0, alpha=0.7)
     axes.set_xticks(range(len(sweep.trusted)), [f"{number:,}" if number else "none" for number in sweep.trusted])
     axes.set_xlabel(sweep.unit)
     axes.set_title(sweep.name, fontsize=10)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9)

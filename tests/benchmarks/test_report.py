@@ -123,13 +123,23 @@ def test_figures(frame, tmp_path):
         assert len(np.unique(np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")))) > 20
 
 
-def test_the_page(frame, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "STUDIES", {"some": STUDY})
-    store = Store(tmp_path / "some")
-    store.start(STUDY.settings, (*STUDY.tried, *STUDY.methods), MADE)
-    frame.to_csv(store.table, index=False)
-    pages.render(tmp_path)
-    page = (tmp_path / "README.md").read_text()
+@pytest.fixture
+def rendered(tmp_path, monkeypatch):
+    """The page of one study with these runs."""
+
+    def page(study, runs):
+        monkeypatch.setattr(pages, "STUDIES", {"some": study})
+        store = Store(tmp_path / "some")
+        store.start(study.settings, (*study.tried, *study.methods), MADE)
+        runs.to_csv(store.table, index=False)
+        pages.render(tmp_path)
+        return (tmp_path / "README.md").read_text()
+
+    return page
+
+
+def test_the_page(frame, tmp_path, rendered):
+    page = rendered(STUDY, frame)
     for text in (
         "## Verdicts",
         "## `some`",
@@ -143,7 +153,7 @@ def test_the_page(frame, tmp_path, monkeypatch):
     assert (tmp_path / "some" / "differences.png").exists()
 
 
-def test_sweeps_are_one_table_and_one_figure(frame, tmp_path, monkeypatch):
+def test_sweeps_are_one_table_and_one_figure(frame, tmp_path, rendered):
     sweep = Sweep("wrong", {"20 %": Setting(""), "40 %": Setting("")}, (0, 100))
     none, some, more, unrun = sweep.settings
     assert [each.name for each in sweep.settings][:2] == ["wrong, 20 %, 0 trusted", "wrong, 20 %, 100 trusted"]
@@ -157,12 +167,7 @@ def test_sweeps_are_one_table_and_one_figure(frame, tmp_path, monkeypatch):
     settings = (*sweep.settings, *unrun_sweep.settings)
     study = Study("some", "?", settings, (RANDOM, DEFAULT), sweeps=(sweep, unrun_sweep))
     runs = pd.concat([part.assign(setting=name) for name, part in parts.items()])
-    monkeypatch.setattr(pages, "STUDIES", {"some": study})
-    store = Store(tmp_path / "some")
-    store.start(study.settings, (*study.tried, *study.methods), MADE)
-    runs.to_csv(store.table, index=False)
-    pages.render(tmp_path)
-    page = (tmp_path / "README.md").read_text()
+    page = rendered(study, runs)
     lines = [line for line in page.splitlines() if line.startswith("| wrong")]
     gains = "**+20.0 ± 0.0** | **-1.0 ± 0.0** | **+10.1 ± 0.2** | **+5.1 ± 0.2** | **-9.9 ± 0.2** |"
     assert lines == [f"| {name} | 60.0 ± 24.8 | 65.0 | {gains}" for name in (none.name, some.name, more.name)]

@@ -91,14 +91,13 @@ ORDER = Study(
         Claim("it is the weights: hard is above the same weights shuffled", (), "hard", "hard, shuffled"),
         *above(DEFAULT, plain=-0.3),
     ),
-    finding="Easy validation loses to random in every setting of the MLP. Hard validation gains over plain "
-    "training, the more the less the network can fit its rows; the same weights shuffled do not, so it "
-    "is the weights. That hard beats random is seen at the strongest decay alone: elsewhere random, "
-    "soft, hard and learned are about equal in accuracy. What differs is whom they serve: the harder "
-    "the validation, the more the test margins of hard images rise and those of easy ones fall (the "
-    "last figure). Holding the rows out, as the paper does, costs more than the weights give. On a conv"
-    " net that overfits there is no such order: easy validation gains a point, and so do the weights of"
-    " hard validation dealt out at random, which says that it is their spread that helps there; the "
+    finding="Easy validation loses to random in every setting of the MLP. Hard validation gains over plain training, "
+    "the more the less the network can fit its rows; the same weights shuffled do not, so it is the weights. That "
+    "hard beats random is seen at the strongest decay alone: elsewhere random, soft, hard and learned are about equal "
+    "in accuracy. What differs is whom they serve: the harder the validation, the more the test margins of hard "
+    "images rise and those of easy ones fall (the last figure). Holding the rows out, as the paper does, costs more "
+    "than the weights give. On a conv net that overfits there is no such order: easy validation gains a point, and so "
+    "do the weights of hard validation dealt out at random, which says that it is their spread that helps there; the "
     "margins of the test images stay nearly as they were.",
 )
 
@@ -148,14 +147,13 @@ RARE = Study(
         *above(TRUSTED, "MLP, cue 98 %, 500 trusted", plain=4),
         *above(HARD_WIDE, "MLP, cue 98 %", plain=4),
     ),
-    finding="With twenty trusted rows a class, the rarest class is learned at all. Without trusted rows, "
-    "validation in which all classes count alike (a weight by class in val_loss_fn, hard rows drawn "
-    "more often) gains 6 points on a tail, 2 over plain training at its best rate, and the rarest class"
-    " is learned too; shuffled, its weights gain nothing. A class-balanced loss gains one more at the "
-    "setting's own rate, and fails at the best rate of plain training. The default, whose validation "
-    "has the tail's own proportions, gains half of what a tuned rate gives, and 0.7 points on top of "
-    "that. The cue is a matter of rate and decay first: tuned plain training gains more there than any "
-    "weights at the setting's own rate, and weights add nothing to it.",
+    finding="With twenty trusted rows a class, the rarest class is learned at all. Without trusted rows, validation "
+    "in which all classes count alike (a weight by class in val_loss_fn, hard rows drawn more often) gains 6 points "
+    "on a tail, 2 over plain training at its best rate, and the rarest class is learned too; shuffled, its weights "
+    "gain nothing. A class-balanced loss gains one more at the setting's own rate, and fails at the best rate of "
+    "plain training. The default, whose validation has the tail's own proportions, gains half of what a tuned rate "
+    "gives, and 0.7 points on top of that. The cue is a matter of rate and decay first: tuned plain training gains "
+    "more there than any weights at the setting's own rate, and weights add nothing to it.",
 )
 
 IMAGES = Study(
@@ -181,13 +179,12 @@ IMAGES = Study(
         *above(TRUSTED, "tail 100, 20 trusted a class", measure="worst_class", plain=15),
         *above(TRUSTED, "40 % at random, 1,000 trusted, no augmentation", plain=10, best=2),
     ),
-    finding="A net that does not fit its rows has nothing to gain from weights on clean data: the default "
-    "leaves it as it is, random weights and validation on the hardest tenth cost points. On the tail "
-    "validation with all classes alike gains most without trusted rows, more than a class-balanced "
-    "loss, which does more for the rarest class; twenty trusted rows a class gain far more than "
-    "training on them does. Where the net memorises wrong labels, trusted rows gain six points by the "
-    "default, and eleven by Learning to Reweight's rule, before every step and at about twice the cost:"
-    " three more than plain training at its best epoch.",
+    finding="A net that does not fit its rows has nothing to gain from weights on clean data: the default leaves it "
+    "as it is, random weights and validation on the hardest tenth cost points. On the tail validation with all "
+    "classes alike gains most without trusted rows, more than a class-balanced loss, which does more for the rarest "
+    "class; twenty trusted rows a class gain far more than training on them does. Where the net memorises wrong "
+    "labels, trusted rows gain six points by the default, and eleven by Learning to Reweight's rule, before every "
+    "step and at about twice the cost: three more than plain training at its best epoch.",
 )
 
 EXPECTED_ERROR = OF_RANDOM.but("random, expected error", val_loss="expected error")
@@ -219,12 +216,11 @@ WRONG = Study(
         *above(TRUSTED_TUNED, "MLP, 45 % to the next class, 500 trusted", "MLP, 40 % at random, 500 trusted", tuned=0),
         *above(DEFAULT, "MLP, 40 % at random", "MLP, 45 % to the next class", plain=-0.3),
     ),
-    finding="Trusted rows are worth most where labels are wrong in a pattern, beside every control. Where they "
-    "are wrong at random, a network that does not memorise them has little to gain but calibration. "
-    "Without trusted rows the default does little (on top of the best rate and decay it gains a point "
-    "where the pattern is); the hardest rows are then wrong ones, and validation on them ruins the "
-    "model. Random validation with a bounded loss gains most where the pattern is, and loses where it "
-    "is not.",
+    finding="Trusted rows are worth most where labels are wrong in a pattern, beside every control. Where they are "
+    "wrong at random, a network that does not memorise them has little to gain but calibration. Without trusted rows "
+    "the default does little (on top of the best rate and decay it gains a point where the pattern is); the hardest "
+    "rows are then wrong ones, and validation on them ruins the model. Random validation with a bounded loss gains "
+    "most where the pattern is, and loses where it is not.",
 )
 
 FINETUNE = Study(
@@ -263,14 +259,13 @@ FINETUNE = Study(
         *above(TRUSTED, "tail 100, 20 trusted a class", plain=2.5),
         *above(BALANCED, "tail 100", plain=3),
     ),
-    finding="Tune the rate and the decay first: where rows are few or rare or labels wrong, that gains most. On"
-    " a tail without trusted rows a class-balanced loss gains more than reweighting, at the setting's "
-    "own rate; at the best rate of plain training it may learn nothing. With trusted rows the weights "
-    "add to the best rate where labels are wrong in a pattern and on a tail; on people's wrong labels "
-    "plain training at its best rate is as good. Evidence alone, taken before every step, gains more "
-    "than φ on both of the former, at about twice the cost: most so on Tiny ImageNet, where a "
-    "validation batch has one row of each of the fifty classes and the weights that φ gives stay near "
-    "one.",
+    finding="Tune the rate and the decay first: where rows are few or rare or labels wrong, that gains most. On a "
+    "tail without trusted rows a class-balanced loss gains more than reweighting, at the setting's own rate; at the "
+    "best rate of plain training it may learn nothing. With trusted rows the weights add to the best rate where "
+    "labels are wrong in a pattern and on a tail; on people's wrong labels plain training at its best rate is as "
+    "good. Evidence alone, taken before every step, gains more than φ on both of the former, at about twice the cost: "
+    "most so on Tiny ImageNet, where a validation batch has one row of each of the fifty classes and the weights that "
+    "φ gives stay near one.",
 )
 
 FOUR_NINE = replace(
@@ -303,9 +298,9 @@ REPRODUCE = Study(
     ),
     grid=False,
     claims=(Claim("Learning to Reweight: ≥ 40 over plain", (), L2R.name, "plain, twice the steps", 0.4),),
-    finding="The published rule and the default with the ten trusted rows, updated at every fifth step only, "
-    "both come to 91 %. Plain training is not at chance here, as was expected, but at 77 to 79 %, and a"
-    " class-balanced loss at 86, at its best epoch at 93.",
+    finding="The published rule and the default with the ten trusted rows, updated at every fifth step only, both "
+    "come to 91 %. Plain training is not at chance here, as was expected, but at 77 to 79 %, and a class-balanced "
+    "loss at 86, at its best epoch at 93.",
 )
 
 PEERS = tuple(
@@ -331,12 +326,11 @@ AGAINST_PEERS = Study(
         replace(MLP, name="40 % at random, 500 trusted", labels="random:0.4", trusted=500),
     ),
     (*PEERS, BALANCED, DEFAULT, TRUSTED, L2R, META_WEIGHT_NET),
-    finding="Each method is good at one thing. On a tail the class-balanced loss gains most, Just Train Twice "
-    "five points, and the default two (seven with all classes alike in validation). Where labels are "
-    "wrong in a pattern, only what uses the trusted rows as validation gains much: Learning to Reweight"
-    " and the default alike, Meta-Weight-Net in two seeds of three. Where they are wrong at random, or "
-    "right, nothing gains in accuracy, and methods that look for hard rows lose; validation on trusted "
-    "rows gives by far the best calibration.",
+    finding="Each method is good at one thing. On a tail the class-balanced loss gains most, Just Train Twice five "
+    "points, and the default two (seven with all classes alike in validation). Where labels are wrong in a pattern, "
+    "only what uses the trusted rows as validation gains much: Learning to Reweight and the default alike, "
+    "Meta-Weight-Net in two seeds of three. Where they are wrong at random, or right, nothing gains in accuracy, and "
+    "methods that look for hard rows lose; validation on trusted rows gives by far the best calibration.",
 )
 
 FIND = Study(
@@ -352,12 +346,12 @@ FIND = Study(
     (DEFAULT, TRUSTED, Method("cleanlab", "cleanlab")),
     grid=False,
     find=True,
-    finding="Where labels are wrong at random, everything finds them. Where one class is taken for another, "
-    "what plain training saw of a row finds few of them, and so does cleanlab; with trusted rows the "
-    "margins over training find nearly all. On people's labels trusted rows gain a little. Without them"
-    " a weight is no sign of a wrong label: hard rows, and so wrong ones, are given more; and "
-    "label_issues calls none where a network memorises within an epoch or two, though the order of the "
-    "rows is as good as elsewhere. Its estimated share is off by up to half.",
+    finding="Where labels are wrong at random, everything finds them. Where one class is taken for another, what "
+    "plain training saw of a row finds few of them, and so does cleanlab; with trusted rows the margins over training "
+    "find nearly all. On people's labels trusted rows gain a little. Without them a weight is no sign of a wrong "
+    "label: hard rows, and so wrong ones, are given more; and label_issues calls none where a network memorises "
+    "within an epoch or two, though the order of the rows is as good as elsewhere. Its estimated share is off by up "
+    "to half.",
 )
 
 SHIFTED = replace(MLP, trusted=500)
@@ -377,9 +371,9 @@ SHIFT = Study(
         "accuracy_pixelate",
         "weight_sd",
     ),
-    finding="Nothing is gained. Corrupted rows teach what they can of the target whatever they weigh, and the "
-    "500 rows of the target are trained on by every method. φ on x, as in the paper, leaves the weights"
-    " near one; Learning to Reweight trains on few rows, and loses.",
+    finding="Nothing is gained. Corrupted rows teach what they can of the target whatever they weigh, and the 500 "
+    "rows of the target are trained on by every method. φ on x, as in the paper, leaves the weights near one; "
+    "Learning to Reweight trains on few rows, and loses.",
 )
 
 TRUSTED_ROWS = (0, 100, 500, 1_000)
@@ -416,13 +410,12 @@ AMOUNTS = Study(
     (BALANCED, untrusted(DEFAULT), TRUSTED),
     seeds=3,
     sweeps=SWEEPS,
-    finding="A hundred trusted rows are enough where one class is taken for another in 45 % of the rows: 20 "
-    "points over plain training on the same rows, 12 over its best rate; with more of them plain "
-    "training catches up. At 20 % there is nothing to gain. Labels wrong at random cost the MLP little,"
-    " and trusted rows gain less than a point. On people's worst labels a hundred gain 7 points at the "
-    "setting's own rate, no more than plain training gains at its best one. On tails validation with "
-    "all classes alike gains 1, 4 and 7 points at an imbalance of 10, 50 and 100, more than the best "
-    "rate does. The cue is a matter of rate and decay first, whatever its share.",
+    finding="A hundred trusted rows are enough where one class is taken for another in 45 % of the rows: 20 points "
+    "over plain training on the same rows, 12 over its best rate; with more of them plain training catches up. At 20 "
+    "% there is nothing to gain. Labels wrong at random cost the MLP little, and trusted rows gain less than a point. "
+    "On people's worst labels a hundred gain 7 points at the setting's own rate, no more than plain training gains at "
+    "its best one. On tails validation with all classes alike gains 1, 4 and 7 points at an imbalance of 10, 50 and "
+    "100, more than the best rate does. The cue is a matter of rate and decay first, whatever its share.",
 )
 
 CHOOSE = Study(
@@ -476,13 +469,12 @@ CHOOSE = Study(
     seeds=3,
     measures=("selection", "weight_sd"),
     grid=False,
-    finding="Without trusted rows λ auto costs the conv net nothing on clean data (λ 0.3 half a point), and "
-    "keeps two thirds of the gain on tails; validation on the hardest rows alone is ruled out by wrong "
-    "labels. With trusted rows a fixed λ of 0.1 is better than auto by a third of a point on average: "
-    "auto stays the default for both, so that nothing need be known. A bound of 20 gains nothing, a "
-    "rate of 1e-2 for φ a little where a network memorises quickly. Evidence before every step gains "
-    "most on the features' tail, as much on labels wrong in a pattern and less on people's, at about "
-    "twice the cost; it remains an option.",
+    finding="Without trusted rows λ auto costs the conv net nothing on clean data (λ 0.3 half a point), and keeps "
+    "two thirds of the gain on tails; validation on the hardest rows alone is ruled out by wrong labels. With trusted "
+    "rows a fixed λ of 0.1 is better than auto by a third of a point on average: auto stays the default for both, so "
+    "that nothing need be known. A bound of 20 gains nothing, a rate of 1e-2 for φ a little where a network memorises "
+    "quickly. Evidence before every step gains most on the features' tail, as much on labels wrong in a pattern and "
+    "less on people's, at about twice the cost; it remains an option.",
 )
 
 STUDIES = {

@@ -181,10 +181,10 @@ IMAGES = Study(
     ),
     finding="A net that does not fit its rows has nothing to gain from weights on clean data: the default leaves it "
     "as it is, random weights and validation on the hardest tenth cost points. On the tail validation with all "
-    "classes alike gains most without trusted rows, more than a class-balanced loss, which does more for the rarest "
-    "class; twenty trusted rows a class gain far more than training on them does. Where the net memorises wrong "
-    "labels, trusted rows gain six points by the default, and eleven by Learning to Reweight's rule, before every "
-    "step and at about twice the cost: three more than plain training at its best epoch.",
+    "classes alike, or on the hardest tenth, gains most without trusted rows, more than a class-balanced loss, which "
+    "alone helps the rarest class; twenty trusted rows a class gain far more than training on them does. Where the "
+    "net memorises wrong labels, trusted rows gain six points by the default, and eleven by Learning to Reweight's "
+    "rule, before every step and at about twice the cost: three more than plain training at its best epoch.",
 )
 
 EXPECTED_ERROR = OF_RANDOM.but("random, expected error", val_loss="expected error")

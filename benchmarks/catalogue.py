@@ -415,7 +415,7 @@ AMOUNTS = Study(
     finding="A hundred trusted rows are enough where one class is taken for another in 45 % of the rows: 20 points "
     "over plain training on the same rows, 12 over its best rate; with more of them plain training catches up. Where "
     "20 % are, or labels are wrong at random, less than a point is to be gained, and a hundred trusted rows are too "
-    "few: the MLP lost one to two points in one or two seeds of five; from five hundred on it lost nothing. A "
+    "few: the MLP lost one to two points in up to two seeds of five; from five hundred on it lost nothing. A "
     "shrinkage of 1 halves that loss; it keeps five sixths of the gain at 45 %, and half of it on people's worst "
     "labels. On people's worst labels a hundred gain 7 points at the setting's own rate, no more than plain training "
     "gains at its best one. On tails validation with all classes alike gains 1, 4 and 6 points at an imbalance of 10, "
